@@ -22,9 +22,9 @@ from crc32c import crc32c
 from benchmarks._common import save, show
 from rollout_wal.engine_log import EngineLog
 from rollout_wal.engine_state import EngineState
+from rollout_wal.log.policy import SyncPolicy
 from rollout_wal.log.recovery import Recovery
 from rollout_wal.log.storage import OsStorage
-from rollout_wal.log.writer import SyncPolicy
 
 LENGTH = 2000
 """Tokens of a rollout; then it finishes, is forgotten, and its slot goes to the next."""

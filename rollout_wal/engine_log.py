@@ -14,9 +14,9 @@ from .engine_state import EngineState, Key
 from .errors import BadInput, problem
 from .log.format import FLAG_IGNORABLE
 from .log.log import ENGINE_LOG, Log
+from .log.policy import SyncPolicy
 from .log.segment import Frame
 from .log.storage import Storage
-from .log.writer import SyncPolicy
 from .records import Bind, Carry, Checkpoint, Engine, Forget, Policy, Record, RecordType, Snapshot
 from .step import DTYPE_CODE, encode_step
 from .stream import Stream

@@ -41,8 +41,8 @@ from .errors import (
 )
 from .job_state import CohortState, JobState, Rollout, Status
 from .log.log import JOB_LOG, Log
+from .log.policy import SyncPolicy
 from .log.segment import Frame
-from .log.writer import SyncPolicy
 from .params import SamplingParams
 from .prompts import check_prompt
 from .records import (

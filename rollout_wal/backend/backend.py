@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from ..engines.base import EngineInfo
 from ..errors import BadInput, LogError, problem
 from ..kv.snapshots import KvConfig
-from ..log.writer import SyncPolicy
+from ..log.policy import SyncPolicy
 from ..params import SamplingParams
 from ..prompts import check_prompt, cohort_digest, rollout_seed
 from ..wal import Balance, RolloutWal

@@ -25,7 +25,7 @@ from ..engine_state import EngineState
 from ..engines.base import Engine, EngineInfo, Request
 from ..errors import ArchitectureMismatch, BadInput, RolloutWalError
 from ..kv.snapshots import KvConfig, Resumed, Snapshots, Snapshotted
-from ..log.writer import SyncPolicy
+from ..log.policy import SyncPolicy
 from ..params import SamplingParams
 from ..records import RecordType
 from ..wal import open_engine_log

@@ -18,11 +18,12 @@ from .format import (
     frame_bytes,
 )
 from .marks import Mark, lowwater_name, stale_marks
+from .policy import SyncPolicy
 from .reader import LogReader
 from .recovery import Ending, Recovery, find_chain
 from .segment import Frame, create_segment, debris_epoch, parse_segment_name, segment_name
 from .storage import File, OsStorage, Storage
-from .writer import LogWriter, SyncPolicy
+from .writer import LogWriter
 
 JOB_LOG: Final = 1
 ENGINE_LOG: Final = 2

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import struct
 import threading
@@ -23,11 +22,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from crc32c import crc32c
 
-from ..errors import BadInput, LogFenced, LogPoisoned, problem
+from ..errors import LogFenced
+from . import refusals
+from .active import ActiveSegment
+from .awaiters import Awaiters
 from .fence import Fence
 from .format import (
     ALIGNMENT,
@@ -43,23 +44,8 @@ from .format import (
     SegmentHeader,
 )
 from .marks import Mark, durable_name
-from .segment import create_segment, spare_name, zero_filled
+from .policy import SyncPolicy
 from .storage import File, Storage
-
-
-@dataclass(frozen=True, slots=True)
-class SyncPolicy:
-    """When pending appends are synced.
-
-    kind:
-        step: whoever waits syncs at once, together with everything that is pending then.
-        group: waiters wait until `group_ms` have passed since the oldest pending append, or `group_bytes` are pending.
-        none: nothing is ever synced. For tests of other things: a crash of the machine loses acknowledged records.
-    """
-
-    kind: Literal["step", "group", "none"] = "step"
-    group_ms: float = 5.0
-    group_bytes: int = 1 << 20
 
 
 @dataclass(slots=True)
@@ -100,9 +86,8 @@ class LogWriter:
         self._storage = storage
         self._fence = fence
         self._segment = header
-        self._file = file
-        self._written = header.predecessor_sequence if file is None else header.sequence
-        """Sequence of the segment that holds the last durable record."""
+        last = header.predecessor_sequence if file is None else header.sequence
+        self._active = ActiveSegment(storage, file, last, segment_bytes)
         self._segment_bytes = segment_bytes
         self._capacity = segment_bytes if file is not None else 0
         self._policy = policy or SyncPolicy()
@@ -120,9 +105,6 @@ class LogWriter:
         self._error: BaseException | None = None
         self._closed = False
         self._prepare_ahead = prepare_ahead
-        self._spare: tuple[str, File] | None = None
-        self._spare_error: OSError | None = None
-        self._spare_for = 0
         self.bytes_written = 0
         self.syncs = 0
         self._begin_threads()
@@ -135,10 +117,10 @@ class LogWriter:
         self._leading = 0
         """Identity of the thread that writes and syncs now; 0 for none."""
         self._waiters = 0
-        self._futures: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[int]]] = []
+        self._awaiters = Awaiters()
         self._flusher: threading.Thread | None = None
         self._flush_wanted = threading.Event()
-        self._spare_thread: threading.Thread | None = None
+        self._active.forked()
 
     # -- what callers see ---------------------------------------------------------------------------------------
 
@@ -173,13 +155,7 @@ class LogWriter:
         """
         length = len(payload)
         if length > MAX_PAYLOAD_BYTES:
-            raise BadInput(
-                problem(
-                    f"a record of {length} bytes exceeds the format's limit of {MAX_PAYLOAD_BYTES}",
-                    consequence="It was not logged",
-                    remedy="Split it",
-                )
-            )
+            raise refusals.too_long(length)
         if rest := length % ALIGNMENT:
             payload += PADDING[ALIGNMENT - rest]
         size = FRAME_HEADER_BYTES + len(payload)
@@ -212,7 +188,7 @@ class LogWriter:
                 self._pending_bytes += size
                 self._next_lsn = lsn + 1
             except struct.error as error:  # before anything was pending
-                raise BadInput(_unfit(frame_type, flags)) from error
+                raise refusals.unfit(frame_type, flags) from error
             except BaseException as error:  # Ctrl-C in the middle: half a frame may be pending
                 self._fail(error)
                 raise
@@ -267,8 +243,7 @@ class LogWriter:
             if self._closed:
                 raise self._refusal()
             self._check_appended(lsn)
-            future: asyncio.Future[int] = loop.create_future()
-            self._futures.append((lsn, loop, future))
+            future = self._awaiters.add(lsn, loop)
         self.sync_soon()
         return await future
 
@@ -291,7 +266,7 @@ class LogWriter:
 
     def publish(self) -> None:
         """Say where this owner starts: everything before is durable. Once, before anything is appended."""
-        self._mark.write(self._durable, self._written)
+        self._mark.write(self._durable, self._active.sequence)
 
     @contextlib.contextmanager
     def poisoning(self) -> Iterator[None]:
@@ -329,18 +304,7 @@ class LogWriter:
         self._flush_wanted.set()
         if self._flusher is not None and self._flusher is not threading.current_thread():
             self._flusher.join()
-        if self._spare_thread is not None:
-            self._spare_thread.join()
-        if self._spare is not None:
-            name, file = self._spare
-            self._spare = None
-            file.close()
-            if self._error is None:
-                with contextlib.suppress(OSError):
-                    self._storage.unlink(name)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._active.close(healthy=self._error is None)
         self._mark.close()
         _WRITERS.discard(self)
 
@@ -363,30 +327,31 @@ class LogWriter:
 
     def _lead(self, batches: list[_Batch], upto: int) -> None:
         sync = self._policy.kind != "none"
+        active = self._active
         unsynced = False
         for batch in batches:
             if batch.segment is not None:
-                if unsynced and sync and self._file is not None:
+                if unsynced and sync and active.file is not None:
                     # The next header will state that this segment is whole: it must be, first.
-                    self._file.sync()
-                self._open_segment(batch.segment, batch.size)
+                    active.file.sync()
+                active.open(batch.segment, batch.size)
             if batch.parts:
-                if self._file is None:
+                if active.file is None:
                     raise RuntimeError("frames are pending for a segment that was never planned")
-                self._file.pwrite(b"".join(batch.parts), batch.offset)
+                active.file.pwrite(b"".join(batch.parts), batch.offset)
                 self.bytes_written += batch.size
                 unsynced = True
-        if sync and self._file is not None:
-            self._file.sync()
+        if sync and active.file is not None:
+            active.file.sync()
             self.syncs += 1
         # After the sync and before the acknowledgement: a new owner may have read the log without these records.
         self._fence.check()
-        self._mark.write(upto, self._written)
-        if self._prepare_ahead:
-            self._prepare()
+        self._mark.write(upto, active.sequence)
+        if self._prepare_ahead and self._offset * 2 > self._capacity:
+            active.prepare(self._segment.epoch, self._segment.sequence + 1)
         with self._mutex:
             self._durable = upto
-            self._settle_futures()
+            self._awaiters.settle(upto)
             self._leading = 0
             if self._waiters:
                 self._changed.notify_all()
@@ -419,29 +384,12 @@ class LogWriter:
         """Accept nothing more, and tell everybody who waits. Called with the mutex held."""
         if self._error is None:
             self._error = error
-        for _, loop, future in self._futures:
-            _tell(loop, _fail_future, future, self._refusal())
-        self._futures = []
+        self._awaiters.fail(self._refusal)
         self._changed.notify_all()
-
-    def _settle_futures(self) -> None:
-        """Called with the mutex held."""
-        if not self._futures:
-            return
-        for lsn, loop, future in self._futures:
-            if lsn <= self._durable:
-                _tell(loop, _resolve_future, future, self._durable)
-        self._futures = [entry for entry in self._futures if entry[0] > self._durable]
 
     def _check_appended(self, lsn: int) -> None:
         if lsn >= self._next_lsn:
-            raise BadInput(
-                problem(
-                    f"LSN {lsn} was never appended; the last is {self._next_lsn - 1}",
-                    consequence="Waiting for it would never end",
-                    remedy="Wait for an LSN that append returned",
-                )
-            )
+            raise refusals.never_appended(lsn, self._next_lsn - 1)
 
     def _flush(self) -> None:
         while True:
@@ -477,95 +425,8 @@ class LogWriter:
         self._batch = _Batch(self._offset, [], self._segment)
         self._batches.append(self._batch)
 
-    def _open_segment(self, header: SegmentHeader, size: int) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._spare_thread is not None:
-            self._spare_thread.join()
-            self._spare_thread = None
-        if self._spare_error is not None:
-            raise self._spare_error
-        capacity = max(self._segment_bytes, SEGMENT_HEADER_BYTES + size)
-        spare, self._spare = self._spare, None
-        if spare is not None and capacity > self._segment_bytes:
-            spare[1].close()
-            self._storage.unlink(spare[0])
-            spare = None
-        self._file = create_segment(self._storage, header, capacity, spare=spare)
-        self._written = header.sequence
-
-    def _prepare(self) -> None:
-        """Fill the next segment with zeros while this one is still in use, off the path of the commits."""
-        sequence = self._segment.sequence + 1
-        if self._spare_for == sequence or self._offset * 2 <= self._capacity:
-            return
-        self._spare_for = sequence
-        name = spare_name(self._segment.epoch, sequence)
-
-        def fill() -> None:
-            try:
-                self._spare = (name, zero_filled(self._storage, name, self._segment_bytes))
-            except OSError as error:
-                # Nothing that was acknowledged is in it. Space may come back until it is needed; a disk that fails
-                # has failed for good, and the rotation says so.
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    self._spare_error = error
-
-        self._spare_thread = threading.Thread(target=fill, name="rollout-wal-spare", daemon=True)
-        self._spare_thread.start()
-
     def _refusal(self) -> Exception:
-        """A fresh exception for each waiter: a traceback belongs to one thread."""
-        error = self._error
-        if isinstance(error, (LogFenced, LogPoisoned)):
-            return type(error)(str(error))
-        if error is None:
-            return LogPoisoned(
-                problem(
-                    f"the log {self._storage.label} was closed",
-                    consequence="The record was not logged",
-                    remedy="Open the log again",
-                )
-            )
-        return LogPoisoned(
-            problem(
-                f"the log {self._storage.label} was poisoned by "
-                f"{'an I/O error' if isinstance(error, OSError) else 'an interruption'}: {error!r}",
-                consequence=f"Everything up to LSN {self._durable} is safe; nothing after it is acknowledged, "
-                "and this writer accepts nothing more",
-                remedy="Cure the disk (space, quota, device), then start the process again: "
-                "it recovers everything that was acknowledged",
-            )
-        )
-
-
-def _unfit(frame_type: int, flags: int) -> str:
-    return problem(
-        f"record type {frame_type} with flags {flags:#x} does not fit into a frame",
-        consequence="It was not logged",
-        remedy="Use a type of 0..255 and flags of 16 bits",
-    )
-
-
-def _tell(
-    loop: asyncio.AbstractEventLoop,
-    how: Callable[[asyncio.Future[int], Any], None],
-    future: asyncio.Future[int],
-    what: object,
-) -> None:
-    with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits there any more
-        loop.call_soon_threadsafe(how, future, what)
-
-
-def _resolve_future(future: asyncio.Future[int], lsn: int) -> None:
-    if not future.done():
-        future.set_result(lsn)
-
-
-def _fail_future(future: asyncio.Future[int], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+        return refusals.refusal(self._error, self._storage.label, self._durable)
 
 
 _WRITERS: weakref.WeakSet[LogWriter] = weakref.WeakSet()
@@ -575,13 +436,7 @@ def _disown_in_child() -> None:
     """A forked child shares its parent's files: two processes would write the same log under one epoch."""
     for writer in list(_WRITERS):
         writer._begin_threads()
-        writer._error = LogPoisoned(
-            problem(
-                f"the log {writer._storage.label} belongs to process {os.getppid()}, from which this one was forked",
-                consequence="Nothing was logged here, and the log itself is untouched",
-                remedy="Open a log of its own in the child, or fork before the log is opened",
-            )
-        )
+        writer._error = refusals.forked(writer._storage.label)
 
 
 os.register_at_fork(after_in_child=_disown_in_child)

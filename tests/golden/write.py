@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rollout_wal.engines.base import FinishReason
-from rollout_wal.log.writer import SyncPolicy
+from rollout_wal.log.policy import SyncPolicy
 from rollout_wal.params import SamplingParams
 from rollout_wal.wal import RolloutWal
 

@@ -30,8 +30,8 @@ def test_only_what_is_durable_is_shown() -> None:
     log.append(1, b"a")
     assert read(reader) == []
     batches, _ = log.writer._take()  # written, and neither synced nor published
-    log.writer._open_segment(batches[1].segment, batches[1].size)  # type: ignore[arg-type]
-    log.writer._file.pwrite(b"".join(batches[1].parts), batches[1].offset)  # type: ignore[union-attr]
+    log.writer._active.open(batches[1].segment, batches[1].size)  # type: ignore[arg-type]
+    log.writer._active.file.pwrite(b"".join(batches[1].parts), batches[1].offset)  # type: ignore[union-attr]
     assert read(reader) == []
 
 
@@ -87,7 +87,7 @@ def test_a_recovered_tail_is_shown_without_waiting_for_the_next_append() -> None
     log.wait_durable()
     log.append(1, b"tail")
     batches, _ = log.writer._take()
-    log.writer._file.pwrite(b"".join(batches[0].parts), batches[0].offset)  # type: ignore[union-attr]
+    log.writer._active.file.pwrite(b"".join(batches[0].parts), batches[0].offset)  # type: ignore[union-attr]
     reader = LogReader(disk.mount())
     assert read(reader) == [b"a"]
     assert open_log(disk).durable_lsn == 2

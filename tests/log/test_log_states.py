@@ -13,8 +13,8 @@ from rollout_wal.engine_state import EngineState
 from rollout_wal.engines.base import FinishReason
 from rollout_wal.errors import BadInput, LogCorruptInput, LogTooNew
 from rollout_wal.job_state import JobState, Status
+from rollout_wal.log.policy import SyncPolicy
 from rollout_wal.log.segment import Frame
-from rollout_wal.log.writer import SyncPolicy
 from rollout_wal.records import (
     Attempt,
     Begin,

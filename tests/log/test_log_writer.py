@@ -12,9 +12,9 @@ import pytest
 
 from rollout_wal.errors import BadInput, LogDamaged, LogFenced, LogOwned, LogPoisoned
 from rollout_wal.log.log import ENGINE_LOG, JOB_LOG, Log
+from rollout_wal.log.policy import SyncPolicy
 from rollout_wal.log.segment import Frame
 from rollout_wal.log.storage import OsStorage
-from rollout_wal.log.writer import SyncPolicy
 from rollout_wal.testing.disk import Disk, Fault
 
 

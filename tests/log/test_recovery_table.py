@@ -68,9 +68,9 @@ def write(disk: Disk, groups: int = 3, segment_bytes: int = 1024, pending: int =
             log.append(8, bytes([i]) * 40)
         writer = log.writer
         batches, _ = writer._take()
-        assert writer._file is not None
+        assert writer._active.file is not None
         for batch in batches:
-            writer._file.pwrite(b"".join(batch.parts), batch.offset)
+            writer._active.file.pwrite(b"".join(batch.parts), batch.offset)
 
 
 def recover(disk: Disk) -> tuple[Recovery, list[int]]:
@@ -213,8 +213,8 @@ def test_a_payload_that_looks_like_a_frame_claims_nothing() -> None:
     log.append(7, b"b" * 40)
     log.append(7, forged)
     batches, _ = log.writer._take()
-    assert log.writer._file is not None
-    log.writer._file.pwrite(b"".join(batches[0].parts), batches[0].offset)
+    assert log.writer._active.file is not None
+    log.writer._active.file.pwrite(b"".join(batches[0].parts), batches[0].offset)
     disk.corrupt(last_segment(disk), at(2) + 50, b"?")
     recovery, lsns = recover(disk)
     assert (recovery.ending.case, lsns) == (Case.TORN_TAIL, [1])
