@@ -23,7 +23,7 @@ from rollout_kernels.errors import KernelError
 from rollout_kernels.logprobs import TokenLogprobs, logprobs_from_hidden, logprobs_from_logits
 from rollout_kernels.model import load_packed_model, quantize_model_
 from rollout_wal.dataset import Provenance, tokens_crc32c
-from rollout_wal.engines.hf.identity import chat_template_digest, tokenizer_digest, weights_digest
+from rollout_wal.engines.common.identity import chat_template_digest, tokenizer_digest, weights_digest
 from rollout_wal.engines.hf.weights import no_progress_bars, parameters
 
 from ..batching import Batch, plan

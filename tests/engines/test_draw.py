@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_wal.engines.hf.requests import RequestTable
+from rollout_wal.engines.common.requests import RequestTable
 from rollout_wal.errors import BackendError
 from rollout_wal.params import SamplingParams
 from rollout_wal.sampling import SamplingRows, draw

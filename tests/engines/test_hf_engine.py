@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GptOssConfig, GptOssForCausalLM, MambaConfig, MambaForCausalLM
 
 from rollout_wal.engines.base import Engine, FinishReason, StepOutput
+from rollout_wal.engines.common.requests import RequestTable
 from rollout_wal.engines.hf import (
     HFEngine,
     RequestKv,
@@ -26,7 +27,6 @@ from rollout_wal.engines.hf import (
     tokenizer_digest,
     weights_digest,
 )
-from rollout_wal.engines.hf.requests import RequestTable
 from rollout_wal.errors import ArchitectureMismatch, BackendError, BadInput, BadPrompt, BadSampling, KvError
 from rollout_wal.finish import finish_reason
 from rollout_wal.params import SamplingParams

@@ -8,8 +8,8 @@ try:
 except ImportError as error:
     raise MissingExtra(error.name or "torch", "hf", "The embedded engine") from error
 
+from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
 from .engine import HFEngine
-from .identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
 from .kv import RequestKv
 from .weights import parameters
 

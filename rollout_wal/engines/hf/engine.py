@@ -23,11 +23,11 @@ from ...errors import BadInput, problem
 from ...kv.layout import KvArrays
 from ...sampling import draw
 from ..base import EngineInfo, FinishReason, Request, StepOutput
-from .admission import check_request
+from ..common.admission import check_request
+from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
+from ..common.requests import RequestTable
 from .attention import LEAST_ROWS, DecodeGroup, PrefillChunk, StepAttention
-from .identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
 from .kv import KvCache, RequestKv
-from .requests import RequestTable
 from .snapshots import from_arrays, layout_of, to_arrays
 from .weights import load_model, parameters, replace_weights
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ArchitectureMismatch, BadInput, problem
+from ..common.identity import architecture_digest
 from .attention import ATTENTION
-from .identity import architecture_digest
 
 #: Layer kinds whose cache is attention keys and values.
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
