@@ -5,7 +5,8 @@
     │   ├── BadPrompt                empty, out of the vocabulary, or longer than the model's context
     │   ├── BadSampling              sampling parameters that are out of range or cannot be honoured
     │   ├── UnknownRollout (KeyError)
-    │   └── CohortMismatch           a cohort of this name exists with other prompts or parameters
+    │   ├── CohortMismatch           a cohort of this name exists with other prompts or parameters
+    │   └── CheckpointMismatch       a trainer's checkpoint and the log do not belong together
     ├── LogError
     │   ├── LogPoisoned              an I/O error; this writer accepts nothing more
     │   ├── LogDamaged               bytes that were acknowledged as durable cannot be read back
@@ -18,7 +19,9 @@
     │   ├── ArchitectureMismatch
     │   └── TokenizerMismatch
     ├── BackendError
-    │   └── WorkerFailed             a worker failed in a way that restarting does not cure
+    │   ├── WorkerFailed             a worker failed in a way that restarting does not cure
+    │   └── UnsupportedEngine        an engine of a version that the adapter was not made for
+    │       └── HookMoved            what the adapter hooks into is gone or has changed
     ├── DatasetError                 its kinds are in `dataset.errors`
     ├── KvError
     ├── AuditError
@@ -60,6 +63,10 @@ class UnknownRollout(BadInput, KeyError):
 
 class CohortMismatch(BadInput):
     """A cohort of this name is in the log with other prompts, parameters or seed."""
+
+
+class CheckpointMismatch(BadInput):
+    """A trainer's checkpoint and the log disagree on what was consumed, or do not belong together."""
 
 
 class LogError(RolloutWalError):
@@ -112,6 +119,14 @@ class BackendError(RolloutWalError):
 
 class WorkerFailed(BackendError):
     """A worker failed in a way that starting it again does not cure."""
+
+
+class UnsupportedEngine(BackendError):
+    """An inference engine of a version that its adapter was not made for."""
+
+
+class HookMoved(UnsupportedEngine):
+    """What the adapter hooks into is gone from the engine, or takes other parameters."""
 
 
 class DatasetError(RolloutWalError):

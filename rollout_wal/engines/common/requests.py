@@ -119,6 +119,20 @@ class RequestTable:
         finish_N[may_end_N & ends_N & ~self._ignore_eos_M[row_N]] = FinishReason.EOS
         return finish_N
 
+    def push(self, row: int, token: int) -> None:
+        """Append a token that the policy sampled, for an engine that decides by itself when a request ends."""
+        length = int(self.length_M[row])
+        self._widen(length + 1)
+        self.tokens_MT[row, length] = token
+        self._is_sampled_MT[row, length] = True
+        self.length_M[row] += 1
+        self.sampled_M[row] += 1
+
+    def truncate(self, row: int, length: int) -> None:
+        """Take back the last sampled tokens, down to `length` tokens."""
+        self.sampled_M[row] -= np.count_nonzero(self._is_sampled_MT[row, length : int(self.length_M[row])])
+        self.length_M[row] = length
+
     def sampling_rows(self, row_N: NDArray[np.int64]) -> SamplingRows:
         """How to draw the next token of each of these rows."""
         return SamplingRows(

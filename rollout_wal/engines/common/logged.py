@@ -1,0 +1,74 @@
+"""What an engine log holds of one rollout, all its attempts together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engine_state import EngineState
+from ...log.reader import LogReader
+from ...log.storage import OsStorage
+from ...stream import Stream, Values
+from ...tokens import Tokens
+from ..base import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """The durable output of a rollout. T = output tokens, in order."""
+
+    rollout: int
+    attempts: int
+    """The highest attempt number that is logged; 0: the log has never heard of the rollout."""
+    token_T: NDArray[np.int32]
+    logprob: Values
+    sampling_logprob: Values
+    version_T: NDArray[np.int64]
+    """The policy version that sampled each token."""
+    finish: FinishReason
+
+    def __len__(self) -> int:
+        return len(self.token_T)
+
+
+def combine(rollout: int, streams: Iterable[Stream]) -> Logged:
+    """The attempts of one rollout as one output: a later attempt voids what an earlier one logged beyond its start."""
+    known, attempts, finish = Tokens.concat([]), 0, FinishReason.RUNNING
+    for stream in sorted(streams, key=lambda s: s.attempt):
+        if stream.start > len(known):
+            # Its beginning is in another engine's log, or was released: alone it is no prefix of anything.
+            known, finish = Tokens.concat([]), FinishReason.RUNNING
+            attempts = stream.attempt
+            continue
+        known = Tokens.concat([known[: stream.start], Tokens.of_stream(stream)])
+        attempts, finish = stream.attempt, FinishReason(stream.finish)
+    return Logged(rollout, attempts, known.token_T, known.logprob, known.sampling_logprob, known.version_T, finish)
+
+
+def read_logged(path: str | os.PathLike[str]) -> dict[int, Logged]:
+    """What an engine log holds durably, by rollout. Takes no lock: its engine may be alive.
+
+    Raises:
+        LogDamaged: a durable frame cannot be read.
+    """
+    holder = [EngineState()]
+
+    def forget_all() -> None:
+        holder[0] = EngineState()
+
+    for frame in LogReader(OsStorage(Path(path), create=False), on_gap=forget_all).read():
+        holder[0].apply(frame)
+    return by_rollout(holder[0].finish())
+
+
+def by_rollout(state: EngineState) -> dict[int, Logged]:
+    """Every rollout of a log's state."""
+    streams: dict[int, list[Stream]] = {}
+    for (rollout, _), stream in state.streams.items():
+        streams.setdefault(rollout, []).append(stream)
+    return {rollout: combine(rollout, members) for rollout, members in streams.items()}
