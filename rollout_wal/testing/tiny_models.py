@@ -69,6 +69,7 @@ def make_tiny_model(
     seed: int = 0,
     texts: Sequence[str] | None = None,
     max_context: int = 2048,
+    head_dim: int = 16,
 ) -> Path:
     """Write a tiny model (2 layers, hidden size 64) and its tokenizer. The same arguments give the same bytes.
 
@@ -88,6 +89,7 @@ def make_tiny_model(
         seed: of the weights and of the default texts.
         texts: what the tokenizer is trained on; arithmetic exercises if not given.
         max_context: positions that the model has.
+        head_dim: of queries and keys. Some attention kernels (vLLM's on CPUs) take none below 32.
 
     Returns:
         The folder.
@@ -107,7 +109,7 @@ def make_tiny_model(
     tokenizer = _tokenizer(list(_arithmetic(seed)) if texts is None else texts, vocab_size, max_context)
     make_config, specific = _CONFIGS[architecture]
     config = make_config(
-        **_COMMON,
+        **{**_COMMON, "head_dim": head_dim},
         **specific,
         vocab_size=vocab_size,
         max_position_embeddings=max_context,

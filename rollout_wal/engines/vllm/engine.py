@@ -1,0 +1,305 @@
+"""vLLM as an engine of `RolloutBackend`: its engine core runs in the backend's worker, one step at a time.
+
+    spec = vllm_spec("models/llama", max_batch=64)
+    with RolloutBackend(spec, "runs/wal", workers=1) as backend: ...
+
+The worker logs each step and holds its outputs until they are durable, as with any engine. vLLM schedules, batches,
+keeps the KV cache and computes; the tokens are drawn by the project's sampler (see `processor`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ...errors import ArchitectureMismatch, BackendError, BadInput, problem
+from ...finish import finish_reason
+from ..base import EngineInfo, FinishReason, Request, StepOutput
+from ..common.admission import check_request
+from . import support
+from .model import Checkpoint, folder_digest, info_of, mismatch, same_architecture, same_shapes
+
+_PROCESSOR: Final = "rollout_wal.engines.vllm.processor:PositionNoise"
+
+# Before vLLM is imported. The engine core in this process, so that a step is a step of this worker; model runner V1,
+# whose logits processors decide the token; and no call home from a machine that may have no network.
+_ENVIRONMENT: Final = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ.update(_ENVIRONMENT)
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)
+
+import torch  # noqa: E402
+from vllm import SamplingParams as VllmParams  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+
+from .processor import PLAN, PositionNoise, plan_of  # noqa: E402
+from .worker import EXTENSION  # noqa: E402
+
+
+class VllmEngine:
+    """See `Engine` for the contract. Build it with `from_folder`.
+
+    Args:
+        engine: vLLM's, with its core in this process and `PositionNoise` among its logits processors.
+        folder: the model's.
+        policy_version: of the weights as they are now.
+    """
+
+    def __init__(self, engine: Any, folder: Path, *, policy_version: int = 0) -> None:
+        self._engine = engine
+        self._core = engine.engine_core
+        self._config = engine.vllm_config
+        self._folder = folder
+        self._policy_version = policy_version
+        self._tasks = engine.get_supported_tasks()
+        self._dtype: torch.dtype = self._config.model_config.dtype
+        self._shapes = Checkpoint(folder).shapes()
+        version = support.check(support.ENGINE_HOOKS)
+        self._info = info_of(self._config, version, folder_digest(folder, self._dtype))
+        self._in_process = self._config.parallel_config.world_size == 1
+        self._running: dict[int, _Running] = {}
+        self._slot_of: dict[str, int] = {}
+        self._added = 0
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        policy_version: int = 0,
+        max_batch: int = 64,
+        dtype: str = "auto",
+        **engine_args: Any,
+    ) -> VllmEngine:
+        """Load a local model folder.
+
+        Args:
+            max_batch: requests that run at once (vLLM's max_num_seqs).
+            dtype: as for vLLM.
+            engine_args: further arguments of vLLM's EngineArgs: tensor_parallel_size, max_model_len,
+                gpu_memory_utilization, kv_cache_memory_bytes, ...
+
+        Raises:
+            UnsupportedEngine, HookMoved: another vLLM than this was made for.
+            BadInput: no such model, or arguments that would break the sampling.
+        """
+        support.check(support.ENGINE_HOOKS)
+        folder = Path(folder)
+        for name in ("speculative_config", "logits_processors", "worker_extension_cls", "scheduler_cls"):
+            if engine_args.get(name):
+                raise BadInput(
+                    problem(
+                        f"{name} cannot be passed to a vLLM engine of rollout-wal",
+                        consequence="No model was loaded: tokens would not be drawn by position",
+                        remedy="Leave it out",
+                    )
+                )
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                problem(
+                    f"{folder} is not a model folder: it has no config.json",
+                    consequence="No model was loaded",
+                    remedy="Pass a local folder; nothing is downloaded",
+                )
+            )
+        Checkpoint(folder)
+        engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                **{
+                    "skip_tokenizer_init": True,  # tokens in, tokens out: text is the front end's business
+                    "disable_log_stats": True,
+                    "enforce_eager": not torch.cuda.is_available(),
+                    **engine_args,
+                    "model": str(folder),
+                    "dtype": dtype,
+                    "max_num_seqs": max_batch,
+                    "logits_processors": [_PROCESSOR],
+                    "worker_extension_cls": EXTENSION,
+                }
+            )
+        )
+        return cls(engine, folder, policy_version=policy_version)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        """See `Engine.add`."""
+        check_request(request, self._info)
+        if request.slot in self._running:
+            raise BadInput(
+                problem(
+                    f"slot {request.slot} is already in use",
+                    consequence="The request was not added",
+                    remedy="Wait until it finishes, or abort it first",
+                )
+            )
+        sampled = int(np.count_nonzero(request.prefix_sampled))
+        tokens = np.concatenate((request.prompt, request.prefix)).tolist()
+        self._added += 1
+        name = f"{request.slot}.{self._added}"
+        ends = request.sampling.stop_token_ids
+        params = VllmParams(
+            # The draw is done when vLLM comes to sample: nothing of its own sampling may touch it.
+            temperature=0.0,
+            max_tokens=request.sampling.max_tokens - sampled,
+            # Both kinds of end as stop tokens: vLLM looks at them after each token, as the finish predicate does.
+            stop_token_ids=[*ends, *(() if request.sampling.ignore_eos else self._info.eos_token_ids)],
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={PLAN: plan_of(request.slot, request)},
+        )
+        made = self._engine.input_processor.process_inputs(
+            name, {"prompt_token_ids": tokens}, params, supported_tasks=self._tasks
+        )
+        self._core.add_request(made)
+        self._running[request.slot] = _Running(name, request, sampled, len(tokens))
+        self._slot_of[name] = request.slot
+
+    def abort(self, slot: int) -> None:
+        """See `Engine.abort`."""
+        running = self._running.pop(slot, None)
+        if running is not None:
+            del self._slot_of[running.name]
+            self._core.abort_requests([running.name])
+
+    def step(self) -> StepOutput:
+        """See `Engine.step`.
+
+        Raises:
+            BackendError: unusable logits, or vLLM did not take the token that was drawn for it.
+        """
+        outputs = [o for o in self._core.get_output().outputs if o.request_id in self._slot_of]
+        if not outputs:
+            return _NOTHING
+        tag_N, token_N, logprob_N, sampling_logprob_N = self._drawn()
+        row_of = {tag: row for row, tag in enumerate(tag_N)}
+        rows, slots, finish = [], [], []
+        for output in outputs:
+            slot = self._slot_of[output.request_id]
+            row = row_of.get(slot)
+            if row is None or output.new_token_ids != [token_N[row]]:
+                raise BackendError(
+                    problem(
+                        f"vLLM returned {output.new_token_ids} for slot {slot}, for which "
+                        f"{'nothing' if row is None else token_N[row]} was drawn",
+                        consequence="The step was not logged, and this engine can no longer be trusted",
+                        remedy="Report this with the configuration of the engine",
+                    )
+                )
+            reason = self._running[slot].took(output.new_token_ids[0], self._info)
+            if (reason is not FinishReason.RUNNING) is not (output.finish_reason is not None):
+                raise BackendError(
+                    problem(
+                        f"vLLM says finish_reason={output.finish_reason} of slot {slot}, which is {reason.name}",
+                        consequence="The step was not logged: a resume would judge otherwise than this engine",
+                        remedy="Report this with the sampling parameters",
+                    )
+                )
+            rows.append(row)
+            slots.append(slot)
+            finish.append(reason)
+            if reason is not FinishReason.RUNNING:
+                del self._slot_of[self._running.pop(slot).name]
+        return StepOutput(
+            np.array(slots, np.uint16),
+            np.array(token_N, np.uint32)[rows],
+            np.array(logprob_N, np.float32)[rows],
+            np.array(sampling_logprob_N, np.float32)[rows],
+            np.array(finish, np.uint8),
+        )
+
+    def load_weights(self, source: Path | Mapping[str, Any], version: int) -> None:
+        """See `Engine.load_weights`. Running requests keep their tokens; their KV is computed again.
+
+        Args:
+            source: a folder with safetensors of the same model.
+
+        Raises:
+            ArchitectureMismatch: checked before anything is touched.
+            BadInput: a folder that is not whole.
+        """
+        if not isinstance(source, Path):
+            raise ArchitectureMismatch(
+                problem(
+                    "vLLM takes new weights from a folder, not from tensors in memory",
+                    consequence="The old weights stay in force and the policy version is unchanged",
+                    remedy="Save them first; RolloutBackend.update_weights does so for tensors",
+                )
+            )
+        if not (source / "config.json").is_file():
+            raise mismatch(f"{source} has no config.json")
+        same_architecture(self._folder, source)
+        same_shapes(self._shapes, Checkpoint(source).shapes())
+        digest = folder_digest(source, self._dtype)
+        self._core.collective_rpc("rollout_wal_reload", args=(str(source),))
+        # KV of the old weights must reach nobody: what runs is computed again, and what is cached is dropped.
+        self._core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        self._policy_version = version
+        self._info = replace(self._info, weights_digest=digest)
+
+    def close(self) -> None:
+        """Forget all requests and end vLLM. The engine must not be used afterwards."""
+        for slot in list(self._running):
+            self.abort(slot)
+        self._core.shutdown()
+
+    def _drawn(self) -> tuple[list[int], list[int], list[float], list[float]]:
+        if self._in_process:
+            assert PositionNoise.last is not None
+            tag, token, logprob, sampling = PositionNoise.last.drawn
+            return tag.tolist(), token.tolist(), logprob.tolist(), sampling.tolist()
+        drawn: tuple[list[int], list[int], list[float], list[float]]
+        drawn = self._core.collective_rpc("rollout_wal_drawn")[0]  # all ranks draw the same
+        return drawn
+
+
+class _Running:
+    """What the finish predicate asks of a request that runs."""
+
+    __slots__ = ("length", "name", "request", "sampled")
+
+    def __init__(self, name: str, request: Request, sampled: int, length: int) -> None:
+        self.name, self.request, self.sampled, self.length = name, request, sampled, length
+
+    def took(self, token: int, info: EngineInfo) -> FinishReason:
+        self.sampled += 1
+        self.length += 1
+        return finish_reason(
+            token,
+            sampled=self.sampled,
+            length=self.length,
+            sampling=self.request.sampling,
+            eos_token_ids=info.eos_token_ids,
+            max_context=info.max_context,
+        )
+
+
+_NOTHING: Final = StepOutput(
+    np.empty(0, np.uint16),
+    np.empty(0, np.uint32),
+    np.empty(0, np.float32),
+    np.empty(0, np.float32),
+    np.empty(0, np.uint8),
+)

@@ -1,0 +1,147 @@
+"""What a vLLM engine runs: digests, vocabulary, end of sequence, context. Read from its configuration and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import ArchitectureMismatch, BadInput, problem
+from ..base import EngineInfo
+from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
+
+
+def eos_of(model_config: Any) -> tuple[int, ...]:
+    """The model's ends of sequence: the generation configuration's, else the model's."""
+    generation: Mapping[str, Any] = model_config.try_get_generation_config() or {}
+    found = generation.get("eos_token_id")
+    if found is None:
+        found = getattr(model_config.hf_text_config, "eos_token_id", None)
+    return tuple(int(t) for t in (found if isinstance(found, (list, tuple)) else [found]) if t is not None)
+
+
+def context_of(vllm_config: Any) -> int:
+    """Tokens that a request may have, prompt and output together."""
+    return int(vllm_config.model_config.max_model_len)
+
+
+def info_of(vllm_config: Any, version: str, weights: str) -> EngineInfo:
+    """Who produces the tokens.
+
+    Args:
+        version: of vLLM.
+        weights: digest of the weights in force.
+    """
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    return EngineInfo(
+        engine="vllm",
+        engine_version=version,
+        architecture_digest=architecture_digest(_config(folder) or model.hf_config.to_dict()),
+        weights_digest=weights,
+        tokenizer_digest=tokenizer_digest(Path(model.tokenizer)),
+        chat_template_digest=chat_template_digest(Path(model.tokenizer)),
+        vocab_size=int(model.get_vocab_size()),
+        max_context=context_of(vllm_config),
+        eos_token_ids=eos_of(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        extras={
+            "torch": torch.__version__,
+            "device": str(vllm_config.device_config.device_type),
+            "tensor_parallel": str(vllm_config.parallel_config.tensor_parallel_size),
+            "quantization": str(model.quantization or ""),
+        },
+    )
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a model folder, read when asked for.
+
+    Raises:
+        BadInput: a folder without safetensors, or with a file that is cut short.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.folder = folder
+        self._dtype = dtype
+        self._files: dict[str, Any] = {}
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise BadInput(
+                problem(
+                    f"{folder} holds no *.safetensors",
+                    consequence="Its weights cannot be told from others, so they were not loaded",
+                    remedy="Save the model with save_pretrained",
+                )
+            )
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BadInput(
+                    problem(
+                        f"{path} cannot be read: {error}",
+                        consequence="The weights in force were not touched",
+                        remedy="Write the file whole, then try again",
+                    )
+                ) from error
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape, without reading the tensors."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+
+
+def folder_digest(folder: Path, dtype: torch.dtype) -> str:
+    """The digest of a checkpoint's weights in an engine's dtype. vLLM repacks them, so its parameters tell nothing."""
+    return weights_digest(Checkpoint(folder, dtype))
+
+
+def same_architecture(running: Path, new: Path) -> None:
+    """Raises ArchitectureMismatch: the configurations differ in what the weights mean."""
+    ours, theirs = (architecture_digest(_config(folder) or {}) for folder in (running, new))
+    if ours != theirs:
+        raise mismatch(f"{new} has the architecture digest {theirs}, the running model {ours}")
+
+
+def same_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ArchitectureMismatch: tensors are missing, unknown or of another shape."""
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise mismatch(f"the weights lack {missing[:4]} and have unknown names {unknown[:4]}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise mismatch(f"{name} is {found[name]} in the new weights, {shape} in the running model")
+
+
+def mismatch(what: str) -> ArchitectureMismatch:
+    return ArchitectureMismatch(
+        problem(
+            what,
+            consequence="The old weights stay in force and the policy version is unchanged",
+            remedy="Load weights of the same model; another model needs an engine of its own",
+        )
+    )
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
