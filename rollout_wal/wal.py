@@ -70,6 +70,25 @@ _ORPHAN_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class JobMark:
+    """A place in a job's log."""
+
+    job: str
+    """Identity of the log, hex."""
+    lsn: int
+    """Everything up to it is durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class CohortCount:
+    """How much of a cohort there still is."""
+
+    size: int
+    gone: int
+    """Consumed or released: they do not come again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Balance:
     """The cohort balance (all cohorts together): begun = delivered + in_flight + sum(censored.values())."""
 
@@ -423,6 +442,14 @@ class RolloutWal:
         )
 
     # -- upkeep -------------------------------------------------------------------------------------------------
+
+    def cohorts(self) -> dict[str, CohortCount]:
+        """Every cohort by name, those included that are wholly used."""
+        used = Counter(r.begin.cohort for r in self.state.rollouts.values() if r.consumed is not None)
+        return {
+            c.record.name: CohortCount(c.record.size, c.released + used[number])
+            for number, c in self.state.cohorts.items()
+        }
 
     def clean(self) -> int:
         """Repeat what is live in a new segment and unlink the older ones, when it is worth it.

@@ -30,7 +30,7 @@ from ..kv.snapshots import KvConfig
 from ..log.policy import SyncPolicy
 from ..params import SamplingParams
 from ..prompts import check_prompt, cohort_digest, rollout_seed
-from ..wal import Balance, RolloutWal
+from ..wal import Balance, CohortCount, JobMark, RolloutWal
 from .coordinator import Coordinator, Stats
 from .finished import FinishedRollout
 from .outlet import Item, Outlet
@@ -230,6 +230,32 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         finally:
             c.post(lambda: c.detach(number, outlet))
 
+    def again(self, cohort: str) -> Iterator[FinishedRollout]:
+        """What is left of a cohort that is in the log: all of it that was not consumed or released, as it finishes.
+
+        Raises:
+            BadInput: there is no such cohort.
+        """
+        c = self._running()
+        items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        outlet = Outlet(items.put)
+
+        def attach() -> tuple[int, int]:
+            state = c.wal.state.cohort_named(cohort)
+            if state is None:
+                raise BadInput(
+                    problem(
+                        f"the log has no cohort {cohort!r}",
+                        consequence="Nothing was done",
+                        remedy="Use a name that cohorts() lists",
+                    )
+                )
+            c.attach(state.record.cohort, outlet)
+            return state.record.cohort, outlet.expected
+
+        number, expected = c.call(attach)
+        return self._drain(outlet, number, items, expected, progress=False)
+
     def consumed(self, rollouts: Iterable[int], *, epoch: int, step: int, release: bool = True) -> None:
         """Optimizer step `step` used them: they are never delivered again. Durable when this returns.
 
@@ -311,6 +337,32 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         """Where every rollout of this job is: begun = delivered + in flight + censored."""
         c = self._running()
         return c.call(c.wal.balance)
+
+    @property
+    def mark(self) -> JobMark:
+        """Which job this is, and how far its log has come: what a checkpoint writes down."""
+        c = self._running()
+        return c.call(lambda: JobMark(c.wal.log.writer.segment.log_id.hex(), c.wal.log.writer.durable_lsn))
+
+    @property
+    def policy_version(self) -> int:
+        """The policy version in force."""
+        c = self._running()
+        policy = c.call(lambda: c.wal.state.policy)
+        assert policy is not None
+        return policy.version
+
+    def cohorts(self) -> dict[str, CohortCount]:
+        """Every cohort of this job by name, those included that are wholly used."""
+        c = self._running()
+        return c.call(c.wal.cohorts)
+
+    def in_flight(self, cohort: str) -> list[int]:
+        """Rollouts of a cohort that are neither finished nor censored."""
+        c = self._running()
+        return c.call(
+            lambda: [r.id for r in c.wal.in_flight() if c.wal.state.cohorts[r.begin.cohort].record.name == cohort]
+        )
 
     def worker_pids(self) -> dict[str, int]:
         """Process ids by worker name."""

@@ -1,0 +1,359 @@
+"""The agreement between a trainer's checkpoints and the log: no rollout trained on twice, none dropped.
+
+A trainer that dies goes back to its last checkpoint; the optimizer steps since then never happened. So a rollout is
+*used* when a step has seen it, and *consumed*, for good, only when a durable checkpoint contains that step:
+
+    generate ─▶ steps use it ─▶ checkpoint, which names what it contains ─▶ checkpoint durable ─▶ Consumed in the log
+                                                                        (killed here: `restore` finishes it)
+
+Killed before the checkpoint is durable, the trainer starts from the one before, asks for the same batches by number,
+and gets the same rollouts under the same ids, token for token. What is unfinished goes on while it starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import ArrayLike
+
+from ..backend import FinishedRollout, RolloutBackend
+from ..dataset import DatasetWriter
+from ..delivery import to_sample
+from ..errors import BadInput, CheckpointMismatch, problem
+from ..log.storage import make_dirs_durable, sync_directory
+from ..params import SamplingParams
+
+_FORMAT: Final = 1
+#: The ledger's file inside a trainer's checkpoint folder.
+STATE_FILE: Final = "rollout_wal.json"
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rollouts of one generation, from their delivery until a checkpoint contains their last step."""
+
+    rollouts: list[FinishedRollout]
+    sampling: SamplingParams
+    step: int = 0
+    """The optimizer step that used them last."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    """By rollout id; those without one are absent."""
+
+
+class TrainerLedger:
+    """Numbers a trainer's batches and consumes them with its checkpoints. One per trainer process and backend.
+
+    Args:
+        run: a name for this training run, unique in the job. It begins the names of the cohorts.
+        archive: a dataset folder that keeps every consumed rollout with its reward and its step, which is what
+            `rollout-wal trace` reads; None keeps nothing.
+        extras: added to each archived rollout, for instance which trainer and verifier.
+    """
+
+    def __init__(
+        self,
+        backend: RolloutBackend,
+        run: str,
+        *,
+        archive: Path | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not run or "/" in run:
+            raise BadInput(
+                problem(
+                    f"the run's name {run!r} is empty or has a slash in it",
+                    consequence="Nothing was started",
+                    remedy="Pass a short name such as 'grpo'",
+                )
+            )
+        self._backend = backend
+        self._run = run
+        self._lineage = 0
+        self._open: dict[int, _Batch] = {}
+        self._evaluations: list[FinishedRollout] = []
+        self._archive = archive
+        self._extras = dict(extras or {})
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        batch: int,
+        prompts: Sequence[ArrayLike],
+        sampling: SamplingParams,
+        *,
+        group_size: int = 1,
+        seed: int = 0,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
+    ) -> list[FinishedRollout]:
+        """The rollouts of batch number `batch`, in the order of the prompts. Asked for again, the same ones.
+
+        Raises:
+            CohortMismatch: this batch is in the log with other prompts or parameters: the trainer's data order or
+                configuration has changed since.
+        """
+        rollouts = self._rollouts(self.cohort(batch), prompts, sampling, group_size, seed, metadata, progress)
+        if len(rollouts) != len(prompts) * group_size:
+            raise CheckpointMismatch(
+                problem(
+                    f"batch {batch} of run {self._run!r} has {len(rollouts)} rollouts left of "
+                    f"{len(prompts) * group_size}: a checkpoint that contains it made the log let go of the others",
+                    consequence="Nothing was generated; training on what is left would use some rollouts twice",
+                    remedy="Resume from the newest checkpoint, or call restore(..., fork=True) to sample anew",
+                )
+            )
+        self._open[batch] = _Batch(rollouts, sampling)
+        return rollouts
+
+    def evaluate(
+        self,
+        name: str,
+        prompts: Sequence[ArrayLike],
+        sampling: SamplingParams,
+        *,
+        group_size: int = 1,
+        seed: int = 0,
+    ) -> list[FinishedRollout]:
+        """Rollouts that no step will use. They are let go with the next checkpoint."""
+        cohort = f"{self._run}.{self._lineage}/eval/{name}"
+        rollouts = self._rollouts(cohort, prompts, sampling, group_size, seed, None, False)
+        self._evaluations += rollouts
+        return rollouts
+
+    def _rollouts(
+        self,
+        cohort: str,
+        prompts: Sequence[ArrayLike],
+        sampling: SamplingParams,
+        group_size: int,
+        seed: int,
+        metadata: Sequence[Mapping[str, Any]] | None,
+        progress: bool,
+    ) -> list[FinishedRollout]:
+        found = self._backend.generate(
+            prompts,
+            sampling,
+            group_size=group_size,
+            seed=seed,
+            cohort=cohort,
+            metadata=metadata,
+            progress=progress,
+        )
+        return sorted(found, key=lambda r: r.index)
+
+    def cohort(self, batch: int) -> str:
+        """The name of a batch's cohort."""
+        return f"{self._run}.{self._lineage}/{batch}"
+
+    def used(self, batch: int, step: int, rewards: Mapping[int, float] | None = None) -> None:
+        """Optimizer step `step` uses this batch, the last to do so as yet.
+
+        Args:
+            rewards: by rollout id. NaN stands for none.
+        """
+        entry = self._open[batch]
+        entry.step = step
+        entry.rewards |= {i: float(r) for i, r in (rewards or {}).items() if not math.isnan(r)}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state(self, batches: int, step: int) -> dict[str, Any]:
+        """What a checkpoint must hold, as plain types: it contains every step that used a batch below `batches`.
+
+        Until `commit`, the log still has those rollouts; should the process die in between, `restore` finishes it.
+        """
+        mark = self._backend.mark
+        return {
+            "format": _FORMAT,
+            "job": mark.job,
+            "lsn": mark.lsn,
+            "run": self._run,
+            "lineage": self._lineage,
+            "batches": batches,
+            "step": step,
+            "using": {
+                str(number): {"step": b.step, "sampling": b.sampling.to_dict(), "rewards": _text_keys(b.rewards)}
+                for number, b in sorted(self._open.items())
+                if number < batches
+            },
+        }
+
+    def commit(self, state: Mapping[str, Any]) -> None:
+        """The checkpoint that holds `state` is durable: what it contains is consumed, and never comes again."""
+        for number in sorted(n for n in self._open if n < state["batches"]):
+            self._consume(self._open[number])
+            del self._open[number]
+        if self._evaluations:
+            self._backend.release([r.id for r in self._evaluations])
+            self._evaluations.clear()
+
+    def _consume(self, batch: _Batch) -> None:
+        if not batch.rollouts:
+            return
+        if self._archive is not None:
+            self._keep(batch, self._archive)
+        self._backend.consumed([r.id for r in batch.rollouts], epoch=self._lineage, step=batch.step)
+
+    def _keep(self, batch: _Batch, folder: Path) -> None:
+        """Before Consumed: killed in between, they are archived again under the same keys, which adds nothing."""
+        info = self._backend.info
+        writer = DatasetWriter(folder, writer_id="trainer", check_fence=self._backend.check_fence)
+        writer.seal(
+            [
+                replace(
+                    sample := to_sample(r, info, batch.sampling),
+                    reward=batch.rewards.get(r.id),
+                    extras={**sample.extras, **self._extras, "optimizer_step": batch.step, "run": self._run},
+                )
+                for r in batch.rollouts
+            ]
+        )
+
+    def restore(self, state: Mapping[str, Any] | None, *, fork: bool = False) -> None:
+        """Bring the log to where the checkpoint is from which the trainer goes on.
+
+        Args:
+            state: what the checkpoint holds; None: the trainer starts from the beginning.
+            fork: the log has consumed batches that this checkpoint does not contain: give them up, and sample anew
+                under other cohort names.
+
+        Raises:
+            CheckpointMismatch: the checkpoint is of another job or run, older than the log (without `fork`), or newer
+                than the log. Nothing was changed.
+        """
+        batches = 0
+        if state is not None:
+            self._check(state)
+            self._lineage = int(state["lineage"])
+            batches = int(state["batches"])
+        later = self._used_since(batches)
+        if later and not fork:
+            raise CheckpointMismatch(
+                problem(
+                    f"the log has consumed batch {max(later)} of run {self._run!r}, and the checkpoint contains only "
+                    f"those below {batches}",
+                    consequence="Nothing was changed; going on would drop the batches in between from the training",
+                    remedy="Resume from the newest checkpoint, or restore(..., fork=True) to train on fresh samples "
+                    "from here, or use another run name",
+                )
+            )
+        if state is not None:
+            self._finish_commit(state)
+        if later:
+            self._fork()
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        mark = self._backend.mark
+        wrong = ""
+        if state.get("format") != _FORMAT:
+            wrong = f"it has format {state.get('format')!r}, and this version reads {_FORMAT}"
+        elif (state["job"], state["run"]) != (mark.job, self._run):
+            wrong = f"it belongs to run {state['run']!r} of job {state['job']}, not {self._run!r} of {mark.job}"
+        elif state["lsn"] > mark.lsn:
+            wrong = f"it was written at LSN {state['lsn']}, and the log ends at {mark.lsn}: the log is an older copy"
+        if wrong:
+            raise CheckpointMismatch(
+                problem(
+                    f"the checkpoint does not fit the log: {wrong}",
+                    consequence="Nothing was changed",
+                    remedy="Use the log directory that this checkpoint was trained with, or a new run name",
+                )
+            )
+
+    def _used_since(self, batches: int) -> list[int]:
+        """Batches of this lineage that the log let go and that a checkpoint with so many does not contain."""
+        prefix = f"{self._run}.{self._lineage}/"
+        return [
+            int(name.removeprefix(prefix))
+            for name, count in self._backend.cohorts().items()
+            if name.startswith(prefix)
+            and (number := name.removeprefix(prefix)).isdecimal()
+            and int(number) >= batches
+            and count.gone
+        ]
+
+    def _finish_commit(self, state: Mapping[str, Any]) -> None:
+        """The process died between its checkpoint and the log's Consumed."""
+        known = self._backend.cohorts()
+        for number, used in state["using"].items():
+            name = self.cohort(int(number))
+            if name in known and known[name].gone < known[name].size:
+                rewards = {int(i): float(r) for i, r in used["rewards"].items()}
+                left = sorted(self._backend.again(name), key=lambda r: r.index)
+                self._consume(_Batch(left, SamplingParams.from_dict(used["sampling"]), used["step"], rewards))
+
+    def _fork(self) -> None:
+        """Cohorts get new names from here on; what the old line still has is let go."""
+        known = self._backend.cohorts()
+        abandoned = f"{self._run}.{self._lineage}/"
+        for name, count in known.items():
+            if name.startswith(abandoned) and count.gone < count.size:
+                for rollout in self._backend.in_flight(name):
+                    self._backend.abort(rollout, reason="abandoned")
+                self._backend.release([r.id for r in self._backend.again(name)])
+        self._lineage = next(
+            n for n in itertools.count(self._lineage + 1) if not any(k.startswith(f"{self._run}.{n}/") for k in known)
+        )
+
+
+def write_state(folder: Path, state: Mapping[str, Any], *, rank: int = 0) -> None:
+    """Put the ledger's state into a checkpoint folder, whole or not at all."""
+    make_dirs_durable(folder)
+    path = _state_path(folder, rank)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(folder)
+
+
+def read_state(folder: Path, *, rank: int = 0) -> dict[str, Any]:
+    """The ledger's state from a checkpoint folder.
+
+    Raises:
+        CheckpointMismatch: there is none, or it cannot be read: this checkpoint was not made with this backend.
+    """
+    path = _state_path(folder, rank)
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointMismatch(
+            problem(
+                f"{path} cannot be read: {error}",
+                consequence="Which rollouts the checkpoint contains is not known, so nothing was resumed",
+                remedy="Resume from a checkpoint that was made with this backend, or start a new run",
+            )
+        ) from error
+    assert isinstance(state, dict)
+    return state
+
+
+def _state_path(folder: Path, rank: int) -> Path:
+    return folder / (STATE_FILE if rank == 0 else f"rollout_wal.{rank}.json")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a checkpoint durable that others wrote: the log is about to forget what it would take to repeat it."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_directory(Path(root))
+    sync_directory(folder.parent)
+
+
+def _text_keys(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(key): value for key, value in values.items()}

@@ -1,0 +1,94 @@
+"""The real TRL trainer, killed between any two of its steps, ends where the uninterrupted one ends: bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytest.importorskip("trl", reason="needs the extra 'trl'")
+
+from rollout_wal.dataset import open_dataset
+
+#: One of each moment, late enough that something is there to be lost, and twice in a row.
+DEATHS = [
+    ("generated", 1),
+    ("stepped", 3),
+    ("before state", 1),
+    ("before commit", 1),
+    ("before consume", 1),
+    ("stepped", 1),
+]
+
+
+def live(folder: Path, **options: Any) -> int:
+    """One life of the training process; its exit status."""
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("trl_process.py")
+    with (folder / "output.txt").open("a") as output:
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder), json.dumps(options)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=150,
+            check=False,
+        )
+    if done.returncode not in (0, -signal.SIGKILL):
+        print((folder / "output.txt").read_text()[-4000:])
+    return done.returncode
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def check(killed: Path, reference: Path, atol: float) -> None:
+    done = json.loads((killed / "done.json").read_text())
+    assert done["holds"]
+    expected = weights(reference)
+    found = weights(killed)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=atol, err_msg=name)
+    # Each rollout was used by the same step, once, with the same reward.
+    rows, wanted = (
+        [
+            (r["sample"], r["reward"], json.loads(r["extras"])["optimizer_step"])
+            for r in open_dataset(folder / "archive").metadata().to_pylist()
+        ]
+        for folder in (killed, reference)
+    )
+    assert max(Counter(key for key, *_ in rows).values()) == 1
+    assert sorted(rows) == sorted(wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("options", "deaths", "atol"),
+    [
+        ({}, DEATHS, 0.0),
+        # Checkpoints in the middle of a generation batch: the old policy's log-probabilities then come from the log
+        # instead of a second forward, and differ by rounding.
+        ({"num_iterations": 2, "steps_per_generation": 4, "steps": 6}, [("stepped", 6), ("before commit", 2)], 1e-6),
+    ],
+    ids=["one step per generation", "four steps per generation"],
+)
+def test_killed_anywhere_it_ends_where_it_would_have(
+    tmp_path: Path, options: dict[str, Any], deaths: list[tuple[str, int]], atol: float
+) -> None:
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    assert live(reference, **options) == 0
+    for death in deaths:
+        assert live(killed, die_at=death, worker_kills=2, **options) == -signal.SIGKILL, death
+    assert live(killed, worker_kills=2, **options) == 0
+    check(killed, reference, atol)
+    assert json.loads((killed / "done.json").read_text())["deaths"] > 0
