@@ -7,8 +7,9 @@ from .codec import Codec
 from .engine import SupportsKv
 from .hashing import Chain, Run
 from .layout import KvArrays, KvLayout
+from .metrics import KvMetrics, Loaded, Saved
 from .snapshots import KvConfig, Snapshots
-from .store import KvStore, Loaded, Saved
+from .store import KvStore
 
 __all__ = [
     "Chain",
@@ -16,6 +17,7 @@ __all__ = [
     "KvArrays",
     "KvConfig",
     "KvLayout",
+    "KvMetrics",
     "KvStore",
     "Loaded",
     "Run",

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from .codec import Codec
-from .data_files import DataReader, DataWriter, KvDamage, Place, data_files, data_path, sync_folder
+from .data_files import KvDamage, Place, data_files, data_path, sync_folder
 from .format import Kind
 from .hashing import KEY_BYTES
 from .index import Index, Manifest
+from .reader import DataReader
+from .writer import DataWriter, copy_of
 
 #: A file is written anew when less than this part of it is in use.
 _SPARSE: Final = 0.5
@@ -109,8 +111,8 @@ def _copy_live(index: Index, reader: DataReader, writer: DataWriter, file_id: by
                 new = writer.append(
                     kind,
                     key,
-                    [stored],
-                    header.payload_crc,
+                    len(stored),
+                    copy_of(stored),
                     codec=header.codec,
                     itemsize=header.itemsize,
                     tokens=header.tokens,
@@ -126,8 +128,8 @@ def _copy_live(index: Index, reader: DataReader, writer: DataWriter, file_id: by
                 new = writer.append(
                     Kind.MANIFEST,
                     bytes(KEY_BYTES),
-                    [stored],
-                    header.payload_crc,
+                    len(stored),
+                    copy_of(stored),
                     codec=Codec.RAW,
                     itemsize=1,
                     tokens=header.tokens,

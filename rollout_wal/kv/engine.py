@@ -32,6 +32,6 @@ class SupportsKv(Protocol):
     def add_with_kv(self, request: Request, kv: KvArrays) -> None:
         """Like `add`, and compute only what `kv` does not hold. `kv` is shorter than the request.
 
-        Raises: as `add`; KvError: KV of another shape of model.
+        Raises: as `add`; KvMismatch: KV of another layout, and nothing was added.
         """
         ...

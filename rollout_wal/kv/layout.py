@@ -32,10 +32,6 @@ DTYPE_BYTES: Final = {
 BITS: Final[dict[int, type[np.unsignedinteger[Any]]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
-#: Below it, a copy costs less than the bookkeeping of one more piece.
-_PIECE_BYTES: Final = 4096
-
-
 @dataclass(frozen=True, slots=True)
 class TokenPart:
     """An array [H, T, D] that grows by one along T with every token."""
@@ -213,29 +209,64 @@ class KvArrays:
     def __len__(self) -> int:
         return len(self.token_T)
 
-    def check(self, layout: KvLayout) -> None:
-        """Raises KvError: these are not arrays of this layout."""
-        bits = BITS[layout.itemsize]
-        wanted: list[tuple[tuple[int, ...], np.dtype[Any]]] = [
-            ((p.heads, len(self), p.dim), np.dtype(bits)) for p in layout.token_parts
-        ]
-        wanted += [(p.shape, np.dtype(BITS[DTYPE_BYTES[p.dtype]])) for p in layout.state_parts]
-        found = [(a.shape, a.dtype) for a in (*self.parts, *self.states)]
-        if found != wanted or len(self.parts) != len(layout.token_parts):
-            at = next((i for i, (f, w) in enumerate(zip(found, wanted)) if f != w), min(len(found), len(wanted)))
-            raise KvError(
-                problem(
-                    f"KV of {len(found)} arrays does not fit its layout of {len(wanted)}; the first that differs is "
-                    f"array {at}: {found[at : at + 1]} instead of {wanted[at : at + 1]}",
-                    consequence="It was not used",
-                    remedy="Report this: the engine does not keep to the layout that it describes",
-                )
+    def check(self, layout: KvLayout, *, room_for: int | None = None) -> None:
+        """Whether these are arrays of this layout.
+
+        Args:
+            room_for: they are to be filled with so many tokens, and may be longer.
+
+        Raises:
+            KvMismatch: they are not; `reason` names what differs.
+        """
+        if len(self.parts) != len(layout.token_parts) or len(self.states) != len(layout.state_parts):
+            raise KvMismatch(
+                "layers",
+                f"{len(self.parts)} arrays of tokens and {len(self.states)} states",
+                f"{len(layout.token_parts)} and {len(layout.state_parts)}",
             )
+        bits = np.dtype(BITS[layout.itemsize])
+        for i, (array, part) in enumerate(zip(self.parts, layout.token_parts, strict=True)):
+            what = f"array {i} of {array.dtype} {list(array.shape)}"
+            wanted = f"{bits} [{part.heads}, {len(self) if room_for is None else f'at least {room_for}'}, {part.dim}]"
+            if array.dtype != bits:
+                raise KvMismatch("dtype", what, wanted)
+            if array.ndim != 3 or array.shape[0] != part.heads:
+                raise KvMismatch("heads", what, wanted)
+            if array.shape[2] != part.dim:
+                raise KvMismatch("head_dim", what, wanted)
+            if array.shape[1] != len(self) if room_for is None else array.shape[1] < room_for:
+                raise KvMismatch("tokens", what, wanted)
+        for i, (array, state) in enumerate(zip(self.states, layout.state_parts, strict=True)):
+            if (array.dtype, array.shape) != (np.dtype(BITS[DTYPE_BYTES[state.dtype]]), state.shape):
+                raise KvMismatch(
+                    "states", f"state {i} of {array.dtype} {list(array.shape)}", f"{state.dtype} {list(state.shape)}"
+                )
 
 
-def empty_arrays(layout: KvLayout, token_T: NDArray[np.int32]) -> KvArrays:
-    """Arrays to be filled. Nothing in them is defined yet."""
+class KvMismatch(KvError):
+    """KV that is not of the layout it should have. `reason` is one word for metrics: what differs."""
+
+    def __init__(self, reason: str, found: str, wanted: str) -> None:
+        super().__init__(
+            problem(
+                f"KV does not fit ({reason}): {found} instead of {wanted}",
+                consequence="It was not used; its tokens are computed again",
+                remedy="See that whoever saves and loads it describes the same layout",
+            )
+        )
+        self.reason = reason
+
+
+def empty_arrays(layout: KvLayout, token_T: NDArray[np.int32], into: KvArrays | None = None) -> KvArrays:
+    """Arrays to be filled, or the beginning of those in `into`. Nothing in them is defined yet.
+
+    Raises:
+        KvError: `into` has another layout, or no room for so many tokens.
+    """
     bits = BITS[layout.itemsize]
+    if into is not None:
+        into.check(layout, room_for=len(token_T))
+        return KvArrays(token_T, tuple(a[:, : len(token_T)] for a in into.parts), into.states)
     return KvArrays(
         token_T,
         tuple(np.empty((p.heads, len(token_T), p.dim), bits) for p in layout.token_parts),
@@ -243,27 +274,13 @@ def empty_arrays(layout: KvLayout, token_T: NDArray[np.int32]) -> KvArrays:
     )
 
 
-def token_pieces(arrays: KvArrays, start: int, stop: int) -> list[memoryview] | None:
-    """The same bytes as `pack_tokens`, where they lie, to be written from or read into without a copy.
-
-    None where that would be many small pieces, or where a part is not contiguous.
-    """
-    small = any((stop - start) * a.shape[2] * a.itemsize < _PIECE_BYTES for a in arrays.parts)
-    if small or not all(a.flags.c_contiguous for a in arrays.parts):
-        return None
-    return [head[start:stop].reshape(-1).view(np.uint8).data for array in arrays.parts for head in array]
-
-
-def pack_tokens(arrays: KvArrays, start: int, stop: int, layout: KvLayout) -> NDArray[np.uint8]:
-    """The bytes of tokens start..stop of every part, one part behind the other."""
-    out = np.empty((stop - start) * layout.token_bytes, np.uint8)
+def pack_tokens(arrays: KvArrays, start: int, stop: int, out: NDArray[np.uint8]) -> None:
+    """The bytes of tokens start..stop of every part, one part behind the other, into `out`, which is as large."""
     at = 0
     for array in arrays.parts:
         piece = array[:, start:stop]
-        target = out[at : at + piece.nbytes].view(array.dtype).reshape(piece.shape)
-        target[...] = piece
+        _as(out[at : at + piece.nbytes], piece)[...] = piece
         at += piece.nbytes
-    return out
 
 
 def unpack_tokens(raw: NDArray[np.uint8], arrays: KvArrays, start: int, stop: int) -> None:
@@ -271,8 +288,12 @@ def unpack_tokens(raw: NDArray[np.uint8], arrays: KvArrays, start: int, stop: in
     at = 0
     for array in arrays.parts:
         piece = array[:, start:stop]
-        piece[...] = raw[at : at + piece.nbytes].view(array.dtype).reshape(piece.shape)
+        piece[...] = _as(raw[at : at + piece.nbytes], piece)
         at += piece.nbytes
+
+
+def _as(flat: NDArray[np.uint8], like: NDArray[Any]) -> NDArray[Any]:
+    return flat.view(like.dtype).reshape(like.shape)
 
 
 def pack_states(arrays: KvArrays) -> NDArray[np.uint8]:

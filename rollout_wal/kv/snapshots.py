@@ -20,7 +20,8 @@ from ..errors import BadInput, KvError, problem
 from .engine import SupportsKv
 from .hashing import Chain, Run, extend
 from .index import Manifest
-from .layout import KvArrays, KvLayout
+from .layout import KvArrays, KvLayout, KvMismatch
+from .metrics import Loaded
 from .store import KvStore
 
 log = logging.getLogger(__name__)
@@ -159,32 +160,33 @@ class Snapshots:
         start = time.perf_counter()
         token_T = np.concatenate((request.prompt, request.prefix)).astype(np.int32)[:-1]
         runs = self._runs_of(rollout, len(token_T))
-        loaded = self.store.load(token_T, self._chain, runs, name=str(rollout)) if len(token_T) else None
-        if loaded is not None and loaded.arrays is not None:
+        loaded = Loaded(None, 0)
+        if len(token_T):
+            loaded = self.store.load(token_T, self._chain, runs, name=str(rollout))
+        if loaded.arrays is not None:
             try:
                 self._kv.add_with_kv(request, loaded.arrays)
             except KvError as error:
-                log.warning("rollout %d: the engine refused its saved KV, so it is computed again: %s", rollout, error)
-                self.store.metrics.fallbacks["refused"] += 1
-                loaded = None
-        if loaded is None or loaded.arrays is None:
+                reason = f"refused_{error.reason}" if isinstance(error, KvMismatch) else "refused"
+                self.store.metrics.fallbacks[reason] += 1
+                loaded = Loaded(None, 0, reason, str(error))
+        if loaded.arrays is None:
             self._engine.add(request)
-        count = loaded.tokens if loaded is not None else 0
+        count = loaded.tokens
         self._runs[rollout] = extend(runs, count, *self._weights())
         self._since_S[request.slot] = 0
-        reason = loaded.reason if loaded is not None else "refused"
-        if reason not in {"", "partial"}:
+        if loaded.reason not in {"", "partial"}:
             log.log(
                 # Killed without notice: nothing could be saved, and nothing is wrong.
-                logging.INFO if reason == "missing" and not count else logging.WARNING,
+                logging.INFO if loaded.reason == "missing" and not count else logging.WARNING,
                 "rollout %d: KV of %d of %d tokens was loaded, the rest is computed again (%s): %s",
                 rollout,
                 count,
                 len(token_T),
-                reason,
-                loaded.detail if loaded is not None else "",
+                loaded.reason,
+                loaded.detail,
             )
-        return Resumed(count, time.perf_counter() - start, reason)
+        return Resumed(count, time.perf_counter() - start, loaded.reason)
 
     def _runs_of(self, rollout: int, tokens: int) -> tuple[Run, ...]:
         """Under which weights saved KV of this rollout would have been computed, if it is to be used."""

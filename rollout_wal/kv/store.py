@@ -10,86 +10,39 @@ saves; loads may run beside it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
 import msgpack
 import numpy as np
-from crc32c import crc32c
 from numpy.typing import NDArray
 
 from ..errors import KvError, problem
 from .choose import CodecChoice, choose_codec
-from .codec import Codec, encode
+from .codec import Codec
 from .collect import Collected, collect
-from .data_files import DataReader, DataWriter, KvDamage, Place, checksum, data_files
+from .data_files import Place, data_files
+from .finder import Piece, find
 from .format import Kind
-from .hashing import KEY_BYTES, Chain, Run, state_key
+from .hashing import Chain, Run
 from .index import Index, Manifest
-from .layout import KvArrays, empty_arrays, pack_states, pack_tokens, token_pieces, unpack_states, unpack_tokens
+from .layout import KvArrays, empty_arrays
+from .loader import Loader
+from .metrics import KvMetrics, Loaded, Saved
+from .reader import DataReader
+from .saver import Saver, cut_manifest
+from .writer import DataWriter
 
 log = logging.getLogger(__name__)
 
-#: Raw bytes that are being packed, compressed or read at the same time.
-_IN_FLIGHT_BYTES = 64 << 20
-
-
-@dataclass(slots=True)
-class KvMetrics:
-    """Counters of one open store."""
-
-    bytes_raw: int = 0
-    """Of the blocks that were written, before the codec."""
-    bytes_written: int = 0
-    blocks_written: int = 0
-    blocks_shared: int = 0
-    """Blocks that were there already, from another rollout or from an earlier snapshot of the same."""
-    snapshots: int = 0
-    tokens_saved: int = 0
-    tokens_loaded: int = 0
-    bytes_loaded: int = 0
-    """Raw bytes handed to the engine."""
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    """Why KV could not be used, by reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A snapshot that is durable and can be found."""
-
-    name: str
-    tokens: int
-    key: str
-    """Of its last block, in hex."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What `load` found. `reason` says why it is not more: "" if it is all that was asked for."""
-
-    arrays: KvArrays | None
-    tokens: int
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A block to be read: tokens start..stop, or the states at `stop`."""
-
-    key: bytes
-    place: Place
-    kind: Kind
-    start: int
-    stop: int
+#: Threads that read and write. They hardly use a core: the bytes go past the page cache.
+_IO_THREADS = 2
 
 
 class KvStore:
@@ -101,7 +54,7 @@ class KvStore:
         codec: how new blocks are stored; "auto" measures this disk once per store, and remembers.
         file_bytes: size at which a data file is closed and the next begun.
         budget_bytes: the most that the data files should take; the least recently used snapshots go first.
-        threads: for packing, compression and reading.
+        threads: for compression.
 
     Raises:
         KvError: the directory or the index cannot be used.
@@ -131,11 +84,11 @@ class KvStore:
                     remedy="Delete the directory: it holds derived data only. Its index must lie on a local disk",
                 )
             ) from error
-        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="kv")  # one of them syncs
-        self._writer = DataWriter(self.path, file_bytes, self._pool)
+        self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="kv-io")
+        self._cpu = ThreadPoolExecutor(threads, thread_name_prefix="kv")
+        self._writer = DataWriter(self.path, file_bytes, self._io)
         self._reader = DataReader(self.path)
-        self._prepared: dict[bytes, Place] = {}
-        self._manifests: list[Manifest] = []
+        self._loader = Loader(self._reader, self._io)
         self._used: dict[str, int] = {}
         self.refresh()
         self.choice: CodecChoice | None = None
@@ -144,12 +97,14 @@ class KvStore:
             self.codec = self.choice.codec
         else:
             self.codec = Codec[codec.upper()] if isinstance(codec, str) else codec
+        self._saver = Saver(self._index, self._writer, self.metrics, self.codec, self._cpu)
 
     def close(self) -> None:
         """What was prepared and not committed is lost."""
         self._note_used()
         self._writer.abandon()
-        self._pool.shutdown()
+        self._io.shutdown()
+        self._cpu.shutdown()
         self._reader.close()
         self._index.close()
 
@@ -176,54 +131,12 @@ class KvStore:
             KvError: the disk refused, or the arrays do not fit the layout. What was prepared since the last commit is
                 lost; what was committed is not affected.
         """
-        layout, size = chain.layout, chain.block_tokens
-        arrays.check(layout)
-        keys = chain.keys(arrays.token_T, runs)
-        bounds = [(i * size, (i + 1) * size) for i in range(len(keys))]
-        if len(arrays) % size:
-            start = len(keys) * size
-            keys.append(chain.key(keys[-1] if keys else chain.root(), arrays.token_T, start, len(arrays), runs))
-            bounds.append((start, len(arrays)))
-        if not keys:
-            return 0
-        pieces = list(zip(keys, bounds)) if layout.token_bytes else []
-        state = state_key(keys[-1]) if layout.state_parts else None
-        there = [place is not None for place in self._index.find(key for key, _ in pieces)]
-        covered = len(pieces)
+        arrays.check(chain.layout)
         try:
-            fresh = [i for i, found in enumerate(there) if not found and pieces[i][0] not in self._prepared]
-            self.metrics.blocks_shared += len(pieces) - len(fresh)
-            for i in self._write(fresh, pieces, arrays, chain, None if state else until):
-                covered = i
-                break
-            if state is not None and state not in self._prepared and next(self._index.find([state])) is None:
-                self._append(state, Kind.STATE, len(arrays), pack_states(arrays), *self._encoded_states(arrays, chain))
-            tokens = bounds[covered - 1][1] if pieces and covered < len(pieces) else len(arrays)
-            if pieces and covered == 0:
-                return 0
-            manifest = Manifest(
-                name,
-                tokens,
-                tuple(_cut_runs(runs, tokens)),
-                (*(key for key, _ in pieces[:covered]), *([state] if state is not None else ())),
-                time.time_ns(),
-            )
-            payload = memoryview(manifest.encode())
-            place = self._writer.append(
-                Kind.MANIFEST,
-                bytes(KEY_BYTES),
-                [payload],
-                crc32c(payload),
-                codec=Codec.RAW,
-                itemsize=1,
-                tokens=tokens,
-                raw=payload.nbytes,
-            )
-        except OSError as error:
-            self._give_up()
+            return self._saver.prepare(name, arrays, chain, runs, until)
+        except (OSError, lmdb.Error) as error:
+            self._saver.give_up()
             raise self._refused(error) from error
-        self._manifests.append(replace(manifest, place=place))
-        return tokens
 
     def commit(self) -> list[Saved]:
         """Make what was prepared durable, and only then findable.
@@ -231,79 +144,16 @@ class KvStore:
         Raises:
             KvError: the disk refused; nothing of it can be found.
         """
-        if not self._manifests:
-            return []
         try:
-            self._writer.sync()
-            kept = self._index.complete(self._prepared, self._manifests, cut=_cut_manifest)
+            kept = self._saver.complete()
         except (OSError, lmdb.Error) as error:
-            self._give_up()
+            self._saver.give_up()
             raise self._refused(error) from error
-        self._prepared, self._manifests = {}, []
         self.metrics.snapshots += len(kept)
         self.metrics.tokens_saved += sum(m.tokens for m in kept)
         if self.budget_bytes is not None and self.bytes_used() > self.budget_bytes:
             self.gc(lambda _: True)
         return [Saved(m.name, m.tokens, m.keys[-1].hex()) for m in kept]
-
-    def _write(
-        self,
-        fresh: list[int],
-        pieces: list[tuple[bytes, tuple[int, int]]],
-        arrays: KvArrays,
-        chain: Chain,
-        until: float | None,
-    ) -> Iterator[int]:
-        """Pack and encode in threads, append in order. Yields the first block that was not written, if any."""
-        layout = chain.layout
-        width = max(1, _IN_FLIGHT_BYTES // max(1, chain.block_tokens * layout.token_bytes))
-        waiting: deque[tuple[int, Future[tuple[list[memoryview], int, int]]]] = deque()
-        todo = deque(fresh)
-        while todo or waiting:
-            late = until is not None and time.monotonic() > until
-            while todo and len(waiting) < min(width, 64) and not late:
-                i = todo.popleft()
-                waiting.append((i, self._pool.submit(self._pack, arrays, *pieces[i][1], chain)))
-            if late and (waiting or todo):
-                first = waiting[0][0] if waiting else todo[0]
-                for _, future in waiting:
-                    future.cancel()
-                yield first
-                return
-            i, future = waiting.popleft()
-            stored, crc, raw = future.result()
-            key, (start, stop) = pieces[i]
-            self._place(key, Kind.TOKENS, stop - start, stored, crc, raw, layout.itemsize)
-
-    def _pack(self, arrays: KvArrays, start: int, stop: int, chain: Chain) -> tuple[list[memoryview], int, int]:
-        """(stored bytes, their CRC, how many raw ones)."""
-        pieces = token_pieces(arrays, start, stop) if self.codec is Codec.RAW else None
-        if pieces is None:
-            raw = pack_tokens(arrays, start, stop, chain.layout)
-            pieces = [encode(raw, self.codec, chain.layout.itemsize)]
-        return pieces, checksum(pieces), (stop - start) * chain.layout.token_bytes
-
-    def _encoded_states(self, arrays: KvArrays, chain: Chain) -> tuple[int]:
-        """The element size, where all states have the same; bytes otherwise."""
-        sizes = {a.itemsize for a in arrays.states}
-        return (sizes.pop() if len(sizes) == 1 else 1,)
-
-    def _append(self, key: bytes, kind: Kind, tokens: int, raw: NDArray[np.uint8], itemsize: int) -> None:
-        stored = encode(raw, self.codec, itemsize)
-        self._place(key, kind, tokens, [stored], crc32c(stored), raw.nbytes, itemsize)
-
-    def _place(
-        self, key: bytes, kind: Kind, tokens: int, stored: list[memoryview], crc: int, raw: int, itemsize: int
-    ) -> None:
-        place = self._writer.append(kind, key, stored, crc, codec=self.codec, itemsize=itemsize, tokens=tokens, raw=raw)
-        self._prepared[key] = place
-        self.metrics.blocks_written += 1
-        self.metrics.bytes_raw += raw
-        self.metrics.bytes_written += place.length
-
-    def _give_up(self) -> None:
-        self._writer.abandon()
-        self._prepared, self._manifests = {}, []
 
     def _refused(self, error: Exception) -> KvError:
         return KvError(
@@ -316,21 +166,39 @@ class KvStore:
 
     # -- loading ------------------------------------------------------------------------------------------------
 
-    def load(self, token_T: NDArray[np.int32], chain: Chain, runs: Sequence[Run], *, name: str | None = None) -> Loaded:
+    def load(
+        self,
+        token_T: NDArray[np.int32],
+        chain: Chain,
+        runs: Sequence[Run],
+        *,
+        name: str | None = None,
+        into: KvArrays | None = None,
+    ) -> Loaded:
         """The KV of the longest beginning of these tokens that is there, intact, and computed as `runs` says.
 
-        Never raises for anything that the store holds or lacks: what cannot be used is lost, logged and counted.
+        Never fails for anything that the store holds or lacks: what cannot be used is lost, logged and counted.
+
+        Args:
+            name: whose snapshot counts as used now.
+            into: arrays of this layout with room for as many tokens or more, pinned memory for example. What is loaded
+                are views of their beginnings; bytes behind it may have been written too.
+
+        Raises:
+            KvError: `into` has another layout, or too little room.
         """
         try:
-            pieces = self._find(token_T, chain, runs)
+            pieces = find(self._index, token_T, chain, runs)
         except (lmdb.Error, msgpack.UnpackException, ValueError) as error:
             return self._fall_back(0, None, "index", str(error))
         if not pieces:
             return self._fall_back(0, None, "missing", f"no block of {len(token_T)} tokens is there")
         if name is not None:
             self._used[name] = time.time_ns()
-        arrays = empty_arrays(chain.layout, np.array(token_T[: pieces[-1].stop], np.int32))
-        good, damage = self._read(pieces, arrays, chain)
+        arrays = empty_arrays(chain.layout, np.array(token_T[: pieces[-1].stop], np.int32), into)
+        good, damage = self._loader.load(pieces, arrays, chain.layout)
+        if damage is not None and damage.lost:
+            self._lose(damage.piece)
         if damage is not None and chain.layout.state_parts:
             good = 0  # a state is of no use without all that precedes it, nor the other way round
         if good < len(arrays):
@@ -338,110 +206,10 @@ class KvStore:
         self.metrics.tokens_loaded += good
         self.metrics.bytes_loaded += good * chain.layout.token_bytes + (chain.layout.state_bytes if good else 0)
         if damage is not None:
-            return self._fall_back(good, arrays, *damage)
+            return self._fall_back(good, arrays, damage.reason, damage.detail)
         return Loaded(arrays, good, "" if good == len(token_T) else "partial")
 
-    def _find(self, token_T: NDArray[np.int32], chain: Chain, runs: Sequence[Run]) -> list[_Piece]:
-        """The blocks of the longest beginning that is indexed."""
-        size, total = chain.block_tokens, len(token_T)
-        parents = [chain.root(), *chain.keys(token_T, runs)]
-        if chain.layout.state_parts:
-            return self._find_state(token_T, chain, runs, parents)
-        pieces = self._whole_blocks(parents, size)
-        start = len(pieces) * size
-        longest = min(size - 1, total - start)
-        # The partial block at the end may have any length: the longest that is there.
-        partial = (
-            (stop, chain.key(parents[len(pieces)], token_T, start, stop, runs))
-            for stop in range(start + longest, start, -1)
-        )
-        for stop, key in partial:
-            (place,) = self._index.find([key])
-            if place is not None:
-                pieces.append(_Piece(key, place, Kind.TOKENS, start, stop))
-                break
-        return pieces
-
-    def _whole_blocks(self, parents: list[bytes], size: int) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        for i, place in enumerate(self._index.find(parents[1:])):
-            if place is None:
-                break
-            pieces.append(_Piece(parents[i + 1], place, Kind.TOKENS, i * size, (i + 1) * size))
-        return pieces
-
-    def _find_state(
-        self, token_T: NDArray[np.int32], chain: Chain, runs: Sequence[Run], parents: list[bytes]
-    ) -> list[_Piece]:
-        """Whole states exist at few positions: the last of them that all its token blocks lead up to."""
-        size = chain.block_tokens
-        blocks = self._whole_blocks(parents, size) if chain.layout.token_bytes else []
-        reach = len(blocks) if chain.layout.token_bytes else len(parents) - 1
-        for n in range(reach, -1, -1):
-            start = n * size
-            ends = [
-                (stop, chain.key(parents[n], token_T, start, stop, runs))
-                for stop in range(min(start + size - 1, len(token_T)), start, -1)
-            ]
-            if n:
-                ends.append((start, parents[n]))
-            states = list(self._index.find(state_key(end) for _, end in ends))
-            tokens = list(self._index.find(end for _, end in ends))
-            for (stop, end), state, block in zip(ends, states, tokens, strict=True):
-                if state is None:
-                    continue
-                pieces = blocks[:n]
-                if stop > start and chain.layout.token_bytes:
-                    if block is None:
-                        continue
-                    pieces.append(_Piece(end, block, Kind.TOKENS, start, stop))
-                return [*pieces, _Piece(state_key(end), state, Kind.STATE, stop, stop)]
-        return []
-
-    def _read(self, pieces: list[_Piece], arrays: KvArrays, chain: Chain) -> tuple[int, tuple[str, str] | None]:
-        """Fill `arrays`. Returns how many leading tokens are good, and (reason, detail) of the first damage."""
-        for piece in pieces:
-            with contextlib.suppress(OSError):  # whoever reads it will say
-                self._reader.expect(piece.place)
-        futures = [self._pool.submit(self._read_piece, piece, arrays, chain) for piece in pieces]
-        good, damage = 0, None
-        for piece, future in zip(pieces, futures):
-            if damage is not None:
-                future.cancel()
-                continue
-            try:
-                future.result()
-                good = piece.stop
-            except KvDamage as error:
-                damage = error.reason, str(error)
-                self._lose(piece)
-            except FileNotFoundError as error:
-                damage = "missing", str(error)
-                self._lose(piece)
-            except (OSError, ValueError, KvError) as error:
-                damage = "unreadable", str(error)
-        for future in futures:  # nobody may still write into the arrays
-            if not future.cancelled():
-                future.exception()
-        return good, damage
-
-    def _read_piece(self, piece: _Piece, arrays: KvArrays, chain: Chain) -> None:
-        layout, header = chain.layout, self._reader.read_header(piece.place, piece.key, piece.kind)
-        wanted = layout.state_bytes if piece.kind is Kind.STATE else (piece.stop - piece.start) * layout.token_bytes
-        if header.raw_bytes != wanted or (piece.kind is Kind.TOKENS and header.tokens != piece.stop - piece.start):
-            raise KvDamage("mismatch", piece.place, f"{header.raw_bytes} bytes where the layout has {wanted}")
-        if header.codec == Codec.RAW and header.stored_bytes == wanted and piece.kind is Kind.TOKENS:
-            into = token_pieces(arrays, piece.start, piece.stop)
-            if into is not None:
-                self._reader.read_payload(piece.place, header, into)
-                return
-        _, raw = self._reader.read(piece.place, piece.key, piece.kind)
-        if piece.kind is Kind.STATE:
-            unpack_states(raw, arrays)
-        else:
-            unpack_tokens(raw, arrays, piece.start, piece.stop)
-
-    def _lose(self, piece: _Piece) -> None:
+    def _lose(self, piece: Piece) -> None:
         try:
             self._index.lose(piece.key, piece.place)
         except lmdb.Error as error:
@@ -486,7 +254,7 @@ class KvStore:
                     else:
                         blocks[header.key] = place
             if behind:
-                self._index.complete(blocks, manifests, cut=_cut_manifest, scanned=ends)
+                self._index.complete(blocks, manifests, cut=cut_manifest, scanned=ends)
         except FileNotFoundError:
             pass  # collected meanwhile
         except (OSError, lmdb.Error, KvError, msgpack.UnpackException, ValueError, TypeError) as error:
@@ -511,10 +279,10 @@ class KvStore:
                 self.path,
                 alive,
                 self.budget_bytes,
-                preparing=bool(self._prepared or self._manifests),
+                preparing=self._saver.preparing,
             )
         except (OSError, lmdb.Error) as error:
-            self._give_up()
+            self._saver.give_up()
             raise self._refused(error) from error
 
     def _note_used(self) -> None:
@@ -524,17 +292,3 @@ class KvStore:
                 self._index.touch(used)
             except lmdb.Error as error:
                 log.warning("it could not be noted which KV snapshots were used: %s", error)
-
-
-def _cut_runs(runs: Sequence[Run], tokens: int) -> Iterator[Run]:
-    for run in runs:
-        take = min(run.tokens, tokens)
-        if take:
-            yield replace(run, tokens=take)
-        tokens -= take
-
-
-def _cut_manifest(manifest: Manifest, gone: int) -> Manifest | None:
-    """A snapshot without its blocks from the n-th on. How many tokens are left is not known here, and not needed:
-    loading goes by the blocks."""
-    return replace(manifest, keys=manifest.keys[:gone]) if gone else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from rollout_wal.engines.hf import HFEngine
+from rollout_wal.engines.hf.kv import RequestKv
 from rollout_wal.errors import BadInput
-from rollout_wal.kv import KvConfig, KvStore, Snapshots
+from rollout_wal.kv import KvArrays, KvConfig, KvStore, Snapshots
 from rollout_wal.kv.data_files import data_files
+from rollout_wal.kv.layout import KvMismatch
 
 PROMPT = list(range(10, 45))
 DONE = 37
@@ -224,6 +227,74 @@ def test_an_engine_that_refuses_saved_kv_gets_none(
         assert (resumed.loaded, resumed.reason) == (0, "refused")
         assert snapshots.store.metrics.fallbacks["refused"] == 1
         assert preempted + run_engine(engine) == whole
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("dtype", lambda a: a.astype(np.uint16)),
+        ("heads", lambda a: a[:1]),
+        ("head_dim", lambda a: a[..., :-1]),
+        ("tokens", lambda a: a[:, :-1]),
+        ("layers", None),
+    ],
+)
+def test_kv_of_another_shape_is_refused_by_name_and_prefilled(
+    preempted: list[int],
+    model: Path,
+    tmp_path: Path,
+    request_of: Any,
+    run_engine: Any,
+    whole: list[int],
+    caplog: pytest.LogCaptureFixture,
+    reason: str,
+    change: Any,
+) -> None:
+    """Should the store ever hand out something else than the engine keeps, the engine notices."""
+    engine = HFEngine.from_folder(model)
+    with opened(tmp_path, engine) as snapshots:
+        real = snapshots.store.load
+
+        def wrong(*args: Any, **options: Any) -> Any:
+            loaded = real(*args, **options)
+            assert loaded.arrays is not None
+            parts = loaded.arrays.parts
+            parts = parts[:-2] if change is None else (*parts[:-1], change(parts[-1]))
+            return replace(loaded, arrays=KvArrays(loaded.arrays.token_T, parts))
+
+        snapshots.store.load = wrong  # type: ignore[method-assign]
+        resumed = snapshots.add(7, request_of(0, PROMPT, preempted))
+        assert (resumed.loaded, resumed.reason) == (0, f"refused_{reason}")
+        assert snapshots.store.metrics.fallbacks[f"refused_{reason}"] == 1
+        assert f"does not fit ({reason})" in caplog.text
+        assert preempted + run_engine(engine) == whole
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("dtype", lambda t: t.double()),
+        ("heads", lambda t: t[:1]),
+        ("head_dim", lambda t: t[..., :-1]),
+        ("tokens", lambda t: t[:, :-1]),
+    ],
+)
+def test_tensors_of_another_shape_are_refused_by_name(
+    model: Path, request_of: Any, run_engine: Any, reason: str, change: Any
+) -> None:
+    engine = HFEngine.from_folder(model)
+    engine.add(request_of(0, PROMPT))
+    out = run_engine(engine, 5)
+    kv = engine.export_kv(0)
+    (first, (k, v)) = kv.layers
+    other = HFEngine.from_folder(model)
+    with pytest.raises(KvMismatch) as caught:
+        other.add(request_of(0, PROMPT, out), kv=RequestKv(kv.tokens, (first, (k, change(v)))))
+    assert caught.value.reason == reason
+    assert other.unfinished == 0
+    with pytest.raises(KvMismatch) as caught:
+        other.add(request_of(0, PROMPT, out), kv=RequestKv(kv.tokens, (first,)))
+    assert caught.value.reason == "layers"
 
 
 def test_an_unknown_layout_is_named_and_prefilled(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +14,10 @@ import numpy as np
 import pytest
 
 from rollout_wal.errors import KvError
-from rollout_wal.kv import Chain, KvLayout, KvStore, Run
-from rollout_wal.kv.data_files import DataWriter, data_files
+from rollout_wal.kv import Chain, KvArrays, KvLayout, KvStore, Run
+from rollout_wal.kv.data_files import data_files
 from rollout_wal.kv.format import ALIGNMENT, HEADER_BYTES, Header
-from rollout_wal.kv.layout import Attention
+from rollout_wal.kv.layout import Attention, KvMismatch
 
 TOKENS = 21  # two whole blocks of 8 and a partial one
 
@@ -141,7 +144,7 @@ def test_a_file_that_is_written_to_is_not_collected(
         KvStore(tmp_path / "kv", index=tmp_path / "b", codec="raw") as collecting,
     ):
         writing.save("1", arrays, chain(gqa), runs(64))
-        writing._writer._write()
+        writing._writer._flush()
         collecting.gc(lambda _: False)
         assert [s.name for s in writing.commit()] == ["1"]
         assert writing.load(arrays.token_T, chain(gqa), runs(64)).tokens == 64
@@ -346,26 +349,125 @@ def test_time_that_is_over_leaves_a_valid_beginning(
 def test_large_writes_are_whole_and_aligned(
     tmp_path: Path, make_arrays: Any, chain: Any, runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
+    """Also where the kernel takes or gives less than it is asked for, at odd places."""
+    asked: list[tuple[int, int]] = []
+    real_write, real_read = os.pwrite, os.preadv
 
-    writes: list[tuple[int, int]] = []
-    real = os.pwritev
+    def pwrite(fd: int, data: Any, offset: int) -> int:
+        asked.append((offset, len(data)))
+        short = {2: 4096 * 3, 5: 4096 * 3 - 100}.get(len(asked))  # a multiple, and not
+        if short is None:
+            return real_write(fd, data, offset)
+        real_write(fd, data[: 4096 * 3], offset)
+        return short
 
-    def pwritev(fd: int, parts: Any, offset: int) -> int:
-        # A kernel may take less than it is given.
-        done = real(fd, [memoryview(parts[0])[: max(1, len(parts[0]) // 2)]], offset) if len(writes) % 3 else 0
-        done = done or real(fd, parts, offset)
-        writes.append((offset, done))
-        return done
+    def preadv(fd: int, into: Any, offset: int) -> int:
+        (view,) = into
+        return real_read(fd, [view[: len(view) // 8192 * 4096] if len(view) > 8192 else view], offset)
 
-    layout = KvLayout("float32", (Attention(4, 128, 128),))
-    arrays = make_arrays(layout, 200)
+    layout = KvLayout("float32", (Attention(4, 128, 128),) * 16)
+    arrays = make_arrays(layout, 500)
     with KvStore(tmp_path / "kv", codec="raw") as store:
-        monkeypatch.setattr("os.pwritev", pwritev)
-        store.save("1", arrays, chain(layout, 16), runs(200))
+        monkeypatch.setattr("os.pwrite", pwrite)
+        monkeypatch.setattr("os.preadv", preadv)
+        store.save("1", arrays, chain(layout, 16), runs(500))
         store.commit()
-        loaded = store.load(arrays.token_T, chain(layout, 16), runs(200))
-        assert loaded.tokens == 200
+        loaded = store.load(arrays.token_T, chain(layout, 16), runs(500))
+        assert loaded.tokens == 500
         prefix_is_right(loaded, arrays)
-    assert isinstance(store._writer, DataWriter)
-    assert writes[0][0] % ALIGNMENT == 0
+    assert asked[0] == (0, 8 * ((1 << 20) + ALIGNMENT))  # the first 8 MiB, in whole records
+    assert len(asked) == 4 + 2
+    assert sum(offset % ALIGNMENT != 0 for offset, _ in asked) == 1
+
+
+@pytest.mark.parametrize("refused", ["open", "transfer"])
+def test_a_file_system_without_direct_io(
+    tmp_path: Path,
+    make_arrays: Any,
+    gqa: KvLayout,
+    chain: Any,
+    runs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: str,
+) -> None:
+    """It goes through the page cache then."""
+    real_open, real_write, real_read = os.open, os.pwrite, os.preadv
+    seen = 0
+
+    def refuse(flags: int) -> None:
+        nonlocal seen
+        if flags & os.O_DIRECT:
+            seen += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    def no_direct(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:  # as on some file systems, the name is made all the same
+            os.close(real_open(path, flags & ~os.O_DIRECT, *rest, **options))
+        refuse(flags)
+        return real_open(path, flags & ~os.O_EXCL, *rest, **options)
+
+    def pwrite(fd: int, data: Any, offset: int) -> int:
+        refuse(fcntl.fcntl(fd, fcntl.F_GETFL))
+        return real_write(fd, data, offset)
+
+    def preadv(fd: int, into: Any, offset: int) -> int:
+        refuse(fcntl.fcntl(fd, fcntl.F_GETFL))
+        return real_read(fd, into, offset)
+
+    if refused == "open":
+        monkeypatch.setattr("os.open", no_direct)
+    else:
+        monkeypatch.setattr("os.pwrite", pwrite)
+        monkeypatch.setattr("os.preadv", preadv)
+    arrays = make_arrays(gqa, TOKENS)
+    with KvStore(tmp_path / "kv", codec="raw") as store:
+        store.save("1", arrays, chain(gqa), runs(TOKENS))
+        store.commit()
+        loaded = store.load(arrays.token_T, chain(gqa), runs(TOKENS))
+    assert loaded.tokens == TOKENS
+    prefix_is_right(loaded, arrays)
+    assert seen == 2  # once for the writer's file, once for the reader's
+
+
+@pytest.mark.parametrize("codec", ["raw", "planes"])
+def test_arrays_of_the_caller_are_filled(
+    tmp_path: Path, layout: KvLayout, codec: str, make_arrays: Any, chain: Any, runs: Any
+) -> None:
+    """Pinned memory for example; it may be longer than what is loaded."""
+    arrays, room = make_arrays(layout, TOKENS), make_arrays(layout, 50, seed=7)
+    with KvStore(tmp_path / "kv", codec=codec) as store:
+        store.save("1", arrays, chain(layout), runs(TOKENS))
+        store.commit()
+        loaded = store.load(arrays.token_T, chain(layout), runs(TOKENS), into=room)
+        assert loaded.tokens == TOKENS
+        assert loaded.arrays is not None
+        for got, mine, right in zip(loaded.arrays.parts, room.parts, arrays.parts, strict=True):
+            assert got.base is mine
+            np.testing.assert_array_equal(got, right)
+        for got, right in zip(room.states, arrays.states, strict=True):
+            np.testing.assert_array_equal(got, right)
+        if layout.token_parts:
+            with pytest.raises(KvError, match="tokens"):
+                store.load(arrays.token_T, chain(layout), runs(TOKENS), into=make_arrays(layout, TOKENS - 1))
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("dtype", lambda a: a.view(np.int16)),
+        ("heads", lambda a: a[:1]),
+        ("head_dim", lambda a: a[..., :8]),
+        ("tokens", lambda a: a[:, :3]),
+    ],
+)
+def test_arrays_of_another_layout_are_refused_by_name(
+    store: KvStore, gqa: KvLayout, make_arrays: Any, chain: Any, runs: Any, reason: str, change: Any
+) -> None:
+    good = make_arrays(gqa, TOKENS)
+    wrong = KvArrays(good.token_T, (*good.parts[:-1], change(good.parts[-1])))
+    with pytest.raises(KvMismatch) as caught:
+        store.save("1", wrong, chain(gqa), runs(TOKENS))
+    assert caught.value.reason == reason
+    with pytest.raises(KvMismatch) as caught:
+        store.save("1", KvArrays(good.token_T, good.parts[:-1]), chain(gqa), runs(TOKENS))
+    assert caught.value.reason == "layers"

@@ -127,7 +127,7 @@ class HFEngine:
 
         Raises:
             BadPrompt, BadSampling, BadInput: see `Engine.add`; also a prefix that already ends the rollout.
-            KvError: KV of another shape of model.
+            KvMismatch: KV of another layout or dtype.
         """
         check_request(request, self._info)
         waiting = any(other.slot == request.slot for other, _ in self._waiting)
@@ -142,7 +142,7 @@ class HFEngine:
         if kv is not None and kv.tokens == 0:
             kv = None
         if kv is not None:
-            self._kv.check(kv)
+            self._kv.check(kv, self._layout)
             length = len(request.prompt) + len(request.prefix)
             if kv.tokens >= length:
                 raise BadInput(
@@ -238,6 +238,7 @@ class HFEngine:
 
     def add_with_kv(self, request: Request, kv: KvArrays) -> None:
         """See `SupportsKv.add_with_kv`."""
+        kv.check(self._layout)
         self.add(request, from_arrays(kv, next(self._model.parameters()).dtype, self._device))
 
     def close(self) -> None:

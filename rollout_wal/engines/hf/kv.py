@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import KvError, problem
+from ...kv.layout import KvLayout, KvMismatch
 
 #: Capacity of the smallest row, in tokens. Below it, moving rows costs more than their padding.
 SMALLEST_CAPACITY = 256
@@ -149,22 +149,28 @@ class KvCache:
         pairs = self.arenas[index].read(int(self.row_N[owner]), tokens)
         return RequestKv(tokens, tuple((pair[0].clone(), pair[1].clone()) for pair in pairs if pair is not None))
 
-    def check(self, kv: RequestKv) -> None:
-        """Whether `restore` can take this.
+    def check(self, kv: RequestKv, layout: KvLayout) -> None:
+        """Whether `restore` can take this: copying would silently convert another dtype.
 
         Raises:
-            KvError: not one pair per layer, or tensors of another length than `kv.tokens`.
+            KvMismatch: not one pair per layer, or tensors of another dtype or shape; `reason` names it.
         """
-        wrong = [i for i, (k, v) in enumerate(kv.layers) if k.shape[1] != kv.tokens or v.shape[1] != kv.tokens]
-        if len(kv.layers) != self._layers or wrong:
-            raise KvError(
-                problem(
-                    f"saved KV has {len(kv.layers)} layers for a model of {self._layers}, "
-                    f"or layers {wrong} that do not hold {kv.tokens} tokens",
-                    consequence="It was not used",
-                    remedy="Add the request without it; its tokens are then computed again",
-                )
-            )
+        if len(kv.layers) != self._layers:
+            raise KvMismatch("layers", f"{len(kv.layers)} layers", f"{self._layers}")
+        parts = iter(layout.token_parts)
+        for index, pair in enumerate(kv.layers):
+            for tensor, name in zip(pair, ("keys", "values"), strict=True):
+                part = next(parts)
+                found = f"{name} of layer {index}, {tensor.dtype} {list(tensor.shape)}"
+                wanted = f"{self._dtype} [{part.heads}, {kv.tokens}, {part.dim}]"
+                if tensor.dtype != self._dtype:
+                    raise KvMismatch("dtype", found, wanted)
+                if tensor.ndim != 3 or tensor.shape[0] != part.heads:
+                    raise KvMismatch("heads", found, wanted)
+                if tensor.shape[1] != kv.tokens:
+                    raise KvMismatch("tokens", found, wanted)
+                if tensor.shape[2] != part.dim:
+                    raise KvMismatch("head_dim", found, wanted)
 
     def restore(self, owner: int, kv: RequestKv) -> None:
         """Fill an owner's row from exported KV that passed `check`."""
