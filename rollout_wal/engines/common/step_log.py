@@ -32,6 +32,9 @@ from .logged import Logged, combine
 
 Held = TypeVar("Held")
 
+DECLARED = "declared:"
+"""Begins a weights digest that nobody computed: the version was declared, and that is all that is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -97,7 +100,7 @@ class StepLog(Generic[Held]):
         log = open_engine_log(Path(path), segment_bytes, policy or SyncPolicy(), take_over=take_over)
         try:
             last = log.state.policy
-            if last is not None and last.version == policy_version and last.weights_digest != weights_digest:
+            if last is not None and last.version == policy_version and _differ(last.weights_digest, weights_digest):
                 raise UndeclaredWeights(
                     problem(
                         f"policy version {policy_version} was logged with weights {last.weights_digest}, and the "
@@ -172,6 +175,10 @@ class StepLog(Generic[Held]):
         self.flush()
         streams = self._state.finish().streams
         return combine(rollout, [streams[rollout, a] for a in attempts if (rollout, a) in streams])
+
+    def rollouts(self) -> list[int]:
+        """Those that the log knows."""
+        return list(self._attempts)
 
     def forget(self, rollouts: Iterable[int]) -> None:
         """Nobody needs these any longer. Running ones are left out."""
@@ -257,3 +264,7 @@ class StepLog(Generic[Held]):
         """Follow what has become durable, so that a resume in this same process finds it."""
         for frame in self._log.take_durable():
             self._state.apply(frame)
+
+
+def _differ(a: str, b: str) -> bool:
+    return a != b and not a.startswith(DECLARED) and not b.startswith(DECLARED)

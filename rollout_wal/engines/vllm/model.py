@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,9 @@ from torch import Tensor
 from ...errors import ArchitectureMismatch, BadInput, problem
 from ..base import EngineInfo
 from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
+
+_SAMPLE_BYTES: Final = 1 << 16
+_SAMPLES: Final = 256
 
 
 def eos_of(model_config: Any) -> tuple[int, ...]:
@@ -110,6 +115,27 @@ class Checkpoint(Mapping[str, Tensor]):
 def folder_digest(folder: Path, dtype: torch.dtype) -> str:
     """The digest of a checkpoint's weights in an engine's dtype. vLLM repacks them, so its parameters tell nothing."""
     return weights_digest(Checkpoint(folder, dtype))
+
+
+def quick_digest(folder: Path) -> str:
+    """Tells a checkpoint from others without reading all of it: names, sizes, headers and samples of its files.
+
+    A server starts with weights of hundreds of gigabytes; a digest over all of them would take minutes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            for at in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"quick:{digest.hexdigest()}"
+
+
+def info_message(info: EngineInfo) -> dict[str, Any]:
+    """EngineInfo as plain types, for the log."""
+    return {**asdict(info), "eos_token_ids": list(info.eos_token_ids), "extras": dict(info.extras)}
 
 
 def same_architecture(running: Path, new: Path) -> None:

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 PLAN: Final = "rollout_wal_plan"
 
 
-def plan_of(tag: int, request: Request) -> dict[str, Any]:
+def plan_of(tag: int, request: Request, bad_words: list[list[int]] | None = None) -> dict[str, Any]:
     """How the tokens of a request are drawn, for `SamplingParams.extra_args[PLAN]`.
 
     Args:
         tag: names the request in what is told of its draws; unique among the running ones.
         request: as for any engine; its prompt and prefix together must be the prompt that vLLM is given.
+        bad_words: token sequences that the output must not hold.
     """
     observed = np.flatnonzero(~request.prefix_sampled)
     return {
@@ -44,6 +45,7 @@ def plan_of(tag: int, request: Request) -> dict[str, Any]:
         "observed": observed.tolist(),
         "key": request.noise_key,
         "sampling": request.sampling.to_dict(),
+        **({"bad_words": bad_words} if bad_words else {}),
     }
 
 
@@ -89,7 +91,8 @@ class PositionNoise(LogitsProcessor):
                 if plan is not None:
                     if prompt is None:
                         raise BackendError(_NO_TOKENS)
-                    self._at[index] = _Member(self._rows.add(_request(plan, prompt)), int(plan["tag"]), output)
+                    row = self._rows.add(_request(plan, prompt))
+                    self._at[index] = _Member(row, int(plan["tag"]), prompt[plan["prompt"] :], output, plan)
             for a, b, direction in batch_update.moved:
                 moving, there = self._at.pop(a, None), self._at.pop(b, None)
                 if moving is not None:
@@ -105,8 +108,11 @@ class PositionNoise(LogitsProcessor):
         if not self._at:
             self.drawn = _NOTHING
             return logits
-        for member in self._at.values():
+        for index, member in self._at.items():
             self._rows.follow(member.row, member.output)
+            for word in member.bad_words:
+                if member.ends_with(word[:-1]):
+                    logits[index, word[-1]] = -torch.inf
         if self._order is None:
             index_N = np.array(sorted(self._at), np.int64)
             self._order = index_N, np.array([self._at[i].row for i in index_N], np.int64)
@@ -142,10 +148,19 @@ _NO_TOKENS: Final = problem(
 
 
 class _Member:
-    __slots__ = ("output", "row", "tag")
+    __slots__ = ("bad_words", "output", "prefix", "row", "tag")
 
-    def __init__(self, row: int, tag: int, output: list[int]) -> None:
-        self.row, self.tag, self.output = row, tag, output
+    def __init__(self, row: int, tag: int, prefix: list[int], output: list[int], plan: dict[str, Any]) -> None:
+        self.row, self.tag, self.prefix, self.output = row, tag, prefix, output
+        self.bad_words: list[list[int]] = plan.get("bad_words", [])
+
+    def ends_with(self, tokens: list[int]) -> bool:
+        """Whether the output, prefix included, ends so."""
+        count = len(tokens)
+        tail = self.output[-count:] if count else []
+        if len(tail) < count:
+            tail = [*self.prefix[len(tail) - count :], *tail]
+        return tail == tokens
 
 
 def _request(plan: dict[str, Any], prompt: list[int]) -> Request:

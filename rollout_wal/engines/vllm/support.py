@@ -24,9 +24,7 @@ PROCESSOR_HOOKS = (
 ENGINE_HOOKS = (
     *PROCESSOR_HOOKS,
     Hook("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", ("cls", "engine_args")),
-    Hook(
-        "vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("self", "request_id", "prompt", "params")
-    ),
+    Hook("vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("self", "request_id", "prompt", "params")),
     Hook("vllm.v1.engine.core_client:InprocClient.get_output", ("self",)),
     Hook("vllm.v1.engine.core_client:InprocClient.add_request", ("self", "request")),
     Hook("vllm.v1.engine.core_client:InprocClient.abort_requests", ("self", "request_ids")),
