@@ -1,0 +1,351 @@
+"""SGLang behind the common protocol: its scheduler, model runner and KV cache, in this process.
+
+The worker of a `RolloutBackend` then *is* the scheduler's process, and logs before anything leaves it, as it does for
+any engine. SGLang batches, prefills in chunks, shares prefixes and retracts under memory pressure by its own rules.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BackendError, BadInput, problem
+from ..base import EngineInfo, FinishReason, Request, StepOutput
+from ..common.admission import check_request
+from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
+from . import hooks, versions
+from .rollouts import Rollout, Rollouts
+from .weights import Checkpoint
+
+versions.check()
+# Imported by the process that workers are forked from, so that each starts in the time of a model load.
+from sglang.srt.managers.io_struct import (  # noqa: E402
+    AbortReq,
+    ContinueGenerationReqInput,
+    PauseGenerationReqInput,
+    TokenizedGenerateReqInput,
+    UpdateWeightFromDiskReqInput,
+)
+from sglang.srt.runtime_context import SpawnRanks, publish  # noqa: E402
+from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams  # noqa: E402
+from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
+
+from .scheduler import RELIED_ON, EmbeddedScheduler  # noqa: E402
+
+_CPU = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "mem_fraction_static": 0.1}
+
+
+class SglangEngine:
+    """See `Engine` for the contract. Build it with `from_folder`; one per process."""
+
+    def __init__(self, scheduler: EmbeddedScheduler, folder: Path, max_batch: int, policy_version: int) -> None:
+        self._scheduler = scheduler
+        self._checkpoint = Checkpoint.of(folder)
+        self._policy_version = policy_version
+        self._max_batch = max_batch
+        self._waiting: deque[Request] = deque()
+        self._rid_of: dict[int, str] = {}
+        self._serial = 0
+        model_config = scheduler.model_config
+        eos = tuple(sorted(int(t) for t in model_config.hf_eos_token_id or ()))
+        runner = scheduler.tp_worker.model_runner
+        self._model = runner.model
+        self._info = EngineInfo(
+            engine="sglang",
+            engine_version=versions.installed(),
+            architecture_digest=architecture_digest(model_config.hf_config.to_dict()),
+            weights_digest=self._digest(),
+            tokenizer_digest=tokenizer_digest(folder),
+            chat_template_digest=chat_template_digest(folder),
+            vocab_size=int(model_config.vocab_size),
+            # SGLang refuses longer inputs, and a resumed rollout is one.
+            max_context=int(scheduler.max_req_input_len),
+            eos_token_ids=eos,
+            dtype=str(runner.dtype).removeprefix("torch."),
+            extras={
+                "torch": torch.__version__,
+                "device": str(scheduler.device),
+                "attention": str(scheduler.server_args.attention_backend),
+            },
+        )
+        self._rollouts = Rollouts(max_batch, eos, self._info.max_context)
+        setattr(runner, hooks.ATTRIBUTE, self._rollouts)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        max_batch: int = 64,
+        prefill_chunk: int = 2048,
+        kv_tokens: int = 32768,
+        policy_version: int = 0,
+        server_args: Mapping[str, Any] | None = None,
+    ) -> SglangEngine:
+        """Load a local model folder; nothing is downloaded.
+
+        Args:
+            dtype: of weights and KV: float32, bfloat16, float16.
+            max_batch: requests that run at once; more wait in order of arrival.
+            prefill_chunk: tokens of a prefill that one step computes at most.
+            kv_tokens: size of the KV cache. SGLang retracts requests that no longer fit, and resumes them later.
+            server_args: any other fields of SGLang's ServerArgs.
+
+        Raises:
+            UnsupportedEngine, HookMoved: another SGLang than the one that this was made for.
+            BadInput: no such model, or `server_args` that change what is drawn (see `_refuse`).
+        """
+        versions.check()
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                problem(
+                    f"{folder} is not a model folder: it has no config.json",
+                    consequence="No model was loaded",
+                    remedy="Pass a folder written by save_pretrained; nothing is downloaded",
+                )
+            )
+        more = dict(server_args or {})
+        _refuse(more)
+        hooks.install(hooks.SAMPLING, RELIED_ON)
+        logging.getLogger("sglang").setLevel(logging.WARNING)
+        args = ServerArgs(
+            **{
+                "model_path": str(folder),
+                "device": device,
+                "dtype": dtype,
+                "skip_tokenizer_init": True,
+                "max_running_requests": max_batch,
+                "chunked_prefill_size": prefill_chunk,
+                "max_total_tokens": kv_tokens,
+                "disable_overlap_schedule": True,
+                "log_level": "warning",
+                **({**_CPU, "disable_cuda_graph": True} if device == "cpu" else {}),
+                **more,
+            }
+        )
+        args.resolve_once()
+        args.check_server_args()
+        _join_a_world_of_one(device)
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+        scheduler = EmbeddedScheduler(args, PortArgs.init_new(args))
+        scheduler.start()
+        return cls(scheduler, folder, max_batch, policy_version)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._rid_of) + len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """See `Engine.add`."""
+        check_request(request, self._info)
+        if request.slot in self._rid_of or any(other.slot == request.slot for other in self._waiting):
+            raise BadInput(
+                problem(
+                    f"slot {request.slot} is already in use",
+                    consequence="The request was not added",
+                    remedy="Wait until it finishes, or abort it first",
+                )
+            )
+        self._waiting.append(request)
+
+    def abort(self, slot: int) -> None:
+        """See `Engine.abort`."""
+        rid = self._rid_of.pop(slot, None)
+        if rid is None:
+            self._waiting = deque(request for request in self._waiting if request.slot != slot)
+            return
+        self._rollouts.remove(rid)
+        self._scheduler.abort_request(AbortReq(rid=rid))
+        self._scheduler.ended_by_itself()
+
+    def step(self) -> StepOutput:
+        """See `Engine.step`.
+
+        Raises:
+            BackendError: unusable logits, or a request that SGLang ended by itself; both name the slot. The engine must
+                not be used further: SGLang's scheduler is in the middle of a step.
+        """
+        while self._waiting and len(self._rid_of) < self._max_batch:
+            self._hand_over(self._waiting.popleft())
+        if not self._rid_of and self._scheduler.is_fully_idle():
+            return _NOTHING
+        rows = []
+        for req in self._scheduler.turn():
+            rollout: Rollout | None = getattr(req, hooks.ATTRIBUTE, None)
+            if rollout is None or req.rid not in self._rollouts.by_rid:
+                continue  # aborted: it ran once more to free its memory
+            drawn = Rollouts.commit(rollout)
+            if drawn is None:
+                continue
+            finish = rollout.finish()
+            rows.append((rollout.request.slot, drawn.token, drawn.logprob, drawn.sampling_logprob, int(finish)))
+            if finish is not FinishReason.RUNNING:
+                self._rollouts.remove(req.rid)
+                del self._rid_of[rollout.request.slot]
+        self._refuse_ended()
+        if not rows:
+            return _NOTHING
+        slot, token, logprob, sampling_logprob, finish_ = zip(*rows, strict=True)
+        return StepOutput(
+            np.array(slot, np.uint16),
+            np.array(token, np.uint32),
+            np.array(logprob, np.float32),
+            np.array(sampling_logprob, np.float32),
+            np.array(finish_, np.uint8),
+        )
+
+    def load_weights(self, source: Path | Mapping[str, Any], version: int) -> None:
+        """See `Engine.load_weights`. Running requests are retracted and keep their tokens; their KV is computed again.
+
+        `source`: a model folder, or tensors by the names of the folder that the engine was built from.
+        """
+        self._checkpoint.check_same_model(source)
+        self._scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+        try:
+            if isinstance(source, Path):
+                result = self._scheduler.weight_updater.update_weights_from_disk(
+                    UpdateWeightFromDiskReqInput(
+                        model_path=str(source), load_format="auto", weight_version=str(version)
+                    )
+                )
+                if not result.success:
+                    raise BackendError(
+                        problem(
+                            f"SGLang did not load the weights in {source}: {result.message}",
+                            consequence="Which weights it has is unknown; the engine must not be used further",
+                            remedy="Start the engine again from the weights that are logged",
+                        )
+                    )
+            else:
+                with torch.no_grad():
+                    self._model.load_weights(iter(source.items()))
+                self._scheduler.record_weight_version_change(new_version=str(version))
+                self._scheduler.flush_cache()
+        finally:
+            self._scheduler.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+        self._policy_version = version
+        self._info = replace(self._info, weights_digest=self._digest())
+
+    def close(self) -> None:
+        """Forget all requests. SGLang's memory goes with the process."""
+        self._waiting.clear()
+        for slot in list(self._rid_of):
+            self.abort(slot)
+
+    # -- between the two ----------------------------------------------------------------------------------------
+
+    def _hand_over(self, request: Request) -> None:
+        # SGLang aborts by prefix of the id: of a fixed width, none is the prefix of another.
+        rid = f"{self._serial:016x}"
+        self._serial += 1
+        tokens = array("q", np.concatenate((request.prompt, request.prefix)).astype(np.int64).tobytes())
+        sampled = int(np.count_nonzero(request.prefix_sampled))
+        rollout = self._rollouts.add(rid, request, None)
+        self._scheduler.process_input_requests(
+            [
+                TokenizedGenerateReqInput(
+                    rid=rid,
+                    input_text="",
+                    input_ids=tokens,
+                    input_embeds=None,
+                    mm_inputs=None,
+                    token_type_ids=None,
+                    # Greedy and unpenalised: the logits stay the model's own, and the draw is ours.
+                    sampling_params=SglangSamplingParams(
+                        max_new_tokens=request.sampling.max_tokens - sampled, temperature=1.0, top_k=1
+                    ),
+                    return_logprob=False,
+                    logprob_start_len=-1,
+                    top_logprobs_num=0,
+                    token_ids_logprob=None,
+                    stream=False,
+                )
+            ]
+        )
+        req = next((r for r in reversed(self._scheduler.waiting_queue) if r.rid == rid), None)
+        if req is None or req.to_finish is not None:
+            self._rollouts.remove(rid)
+            raise BackendError(
+                problem(
+                    f"slot {request.slot}: SGLang refused a request of {len(tokens)} tokens: "
+                    f"{getattr(req, 'to_finish', None) or self._scheduler.ended_by_itself()}",
+                    consequence="The request does not run",
+                    remedy="Give the engine more kv_tokens, or shorter prompts",
+                )
+            )
+        rollout.req = req
+        setattr(req, hooks.ATTRIBUTE, rollout)
+        self._rid_of[request.slot] = rid
+
+    def _refuse_ended(self) -> None:
+        for abort in self._scheduler.ended_by_itself():
+            rollout = self._rollouts.by_rid.get(str(abort.rid))
+            if rollout is not None:
+                raise BackendError(
+                    problem(
+                        f"slot {rollout.request.slot}: SGLang ended the request by itself: {abort.finished_reason}",
+                        consequence="It has no more tokens, and has not finished either",
+                        remedy="Give the engine more kv_tokens: one rollout alone has to fit",
+                    )
+                )
+
+    def _digest(self) -> str:
+        return weights_digest(dict(self._scheduler.tp_worker.model_runner.model.named_parameters()))
+
+
+_NOTHING = StepOutput(
+    np.empty(0, np.uint16),
+    np.empty(0, np.uint32),
+    np.empty(0, np.float32),
+    np.empty(0, np.float32),
+    np.empty(0, np.uint8),
+)
+
+#: What draws tokens elsewhere, several in a step, or in several processes.
+_REFUSED = {
+    "speculative_algorithm": None,
+    "disaggregation_mode": "null",
+    "tp_size": 1,
+    "pp_size": 1,
+    "dp_size": 1,
+    "disable_overlap_schedule": True,
+    "skip_tokenizer_init": True,
+}
+
+
+def _refuse(server_args: Mapping[str, Any]) -> None:
+    for name, allowed in _REFUSED.items():
+        if server_args.get(name, allowed) != allowed:
+            raise BadInput(
+                problem(
+                    f"server_args has {name}={server_args[name]!r}; the embedded engine needs {allowed!r}",
+                    consequence="No model was loaded",
+                    remedy="Leave it out; run SGLang's own server with the plug-in for tensor and data parallelism",
+                )
+            )
+
+
+def _join_a_world_of_one(device: str) -> None:
+    """torch.distributed without a port: two workers that start at once would race for a free one."""
+    if device == "cpu" and not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
