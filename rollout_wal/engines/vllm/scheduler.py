@@ -52,7 +52,7 @@ Outputs = dict[int, EngineCoreOutputs]
 """What a step hands to each of vLLM's front ends."""
 
 
-class _Logging(Scheduler):  # type: ignore[misc]
+class _Logging(Scheduler):
     """The part that both schedulers share; mixed in before one of vLLM's."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -210,7 +210,7 @@ class _SyncLoggingScheduler(_Logging):
     pass
 
 
-class LoggingScheduler(_Logging, AsyncScheduler):  # type: ignore[misc]
+class LoggingScheduler(_Logging, AsyncScheduler):
     """vLLM's scheduler with the log inside. See the module.
 
     Configured by `additional_config={"rollout_wal": {...}}`:
