@@ -1,0 +1,115 @@
+"""What a client of a logging engine says about a rollout: flat keys beside its sampling parameters.
+
+Flat, because what servers take along with a request are values that are text, numbers and lists of those.
+
+    rollout            the rollout's id. Text: it names a rollout together with its prompt and parameters. A number
+                       (below 2**62): as it is, for a front end that keeps a job log.
+                       A request without an id is not logged.
+    rollout_key        key of the noise, unsigned 64 bits. Default: made of the id and the request's seed.
+    rollout_attempt    number of the attempt, where a front end counts them. Default: one more than is logged.
+    rollout_prefix     so many tokens at the end of the prompt are output already: the front end resumes by itself.
+                       Default: 0, and what is logged of the rollout comes first in the response.
+    rollout_observed   which of these (indexes into the prefix) were observed, not sampled.
+    rollout_release    ids whose rollouts nobody will ask for again; they are forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ...params import SamplingParams
+
+KEYS: Final = frozenset(
+    {"rollout", "rollout_key", "rollout_attempt", "rollout_prefix", "rollout_observed", "rollout_release"}
+)
+_CONTENT_BITS: Final = 22
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSpec:
+    """A request's rollout, as its client named it."""
+
+    name: str | int
+    key: int | None
+    attempt: int | None
+    prefix: int
+    observed: tuple[int, ...]
+    release: tuple[str | int, ...]
+
+
+def spec_of(extra: Mapping[str, Any]) -> RolloutSpec | None:
+    """What a request says, or None if it names no rollout. Checked by `check_spec` before."""
+    if "rollout" not in extra:
+        return None
+    attempt, key = extra.get("rollout_attempt"), extra.get("rollout_key")
+    return RolloutSpec(
+        extra["rollout"],
+        None if key is None else int(key),
+        None if attempt is None else int(attempt),
+        int(extra.get("rollout_prefix", 0)),
+        tuple(map(int, extra.get("rollout_observed", ()))),
+        tuple(extra.get("rollout_release", ())),
+    )
+
+
+def check_spec(extra: Mapping[str, Any], *, own: Iterable[str] = ()) -> bool:
+    """Whether a request names a rollout.
+
+    Args:
+        own: keys that the adapter itself adds.
+
+    Raises:
+        ValueError: unknown keys, or values out of range; names them.
+    """
+    ours = {k for k in extra if k == "rollout" or k.startswith("rollout_")} - set(own)
+    if not ours:
+        return False
+    if unknown := sorted(ours - KEYS):
+        raise ValueError(f"unknown rollout parameters {unknown}; the request was not accepted. Use {sorted(KEYS)}")
+    name = extra.get("rollout")
+    if not (isinstance(name, str) and name) and not (isinstance(name, int) and 0 <= name < 1 << 62):
+        raise ValueError(f"rollout={name!r} is no id; pass non-empty text, or a number of 0..2**62-1")
+    for field, bits in (("rollout_key", 64), ("rollout_attempt", 31), ("rollout_prefix", 31)):
+        value = extra.get(field)
+        if value is not None and not (isinstance(value, int) and 0 <= value < 1 << bits):
+            raise ValueError(f"{field}={value!r} is not a number of 0..2**{bits}-1")
+    return True
+
+
+def noise_key(spec: RolloutSpec, seed: int | None) -> int:
+    """The rollout's noise: what its client says, or made of its id and seed."""
+    if spec.key is not None:
+        return spec.key
+    return _digest(["noise", spec.name, seed])
+
+
+def rollout_id(name: str | int, prompt: list[int], sampling: SamplingParams, key: int) -> int:
+    """The number under which the log keeps a rollout.
+
+    A text alone would confuse two prompts that were sent under one name: the rest of the number tells them apart. Bit
+    62 tells texts from numbers.
+    """
+    if isinstance(name, int):
+        return name
+    content = _digest([name, prompt, sampling.to_dict(), key]) % (1 << _CONTENT_BITS)
+    return _name_bits(name) << _CONTENT_BITS | content
+
+
+def named(rollouts: Iterable[int], names: Iterable[str | int]) -> list[int]:
+    """Which of these numbers belong to any of the names."""
+    numbers = {n for n in names if isinstance(n, int)}
+    texts = {_name_bits(n) for n in names if isinstance(n, str)}
+    return [r for r in rollouts if r in numbers or r >> _CONTENT_BITS in texts]
+
+
+def _name_bits(name: str) -> int:
+    return 1 << (62 - _CONTENT_BITS) | _digest(["name", name]) % (1 << (62 - _CONTENT_BITS))
+
+
+def _digest(value: Any) -> int:
+    text = json.dumps(value, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
