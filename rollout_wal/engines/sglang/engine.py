@@ -20,10 +20,11 @@ import torch
 from ...errors import BackendError, BadInput, problem
 from ..base import EngineInfo, FinishReason, Request, StepOutput
 from ..common.admission import check_request
-from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
+from ..common.checkpoint import Checkpoint, same_architecture, same_shapes
+from ..common.identity import weights_digest
 from . import hooks, versions
+from .info import info_of
 from .rollouts import Rollout, Rollouts
-from .weights import Checkpoint
 
 versions.check()
 # Imported by the process that workers are forked from, so that each starts in the time of a model load.
@@ -48,35 +49,17 @@ class SglangEngine:
 
     def __init__(self, scheduler: EmbeddedScheduler, folder: Path, max_batch: int, policy_version: int) -> None:
         self._scheduler = scheduler
-        self._checkpoint = Checkpoint.of(folder)
+        self._folder = folder
+        self._shapes = Checkpoint(folder).shapes()
         self._policy_version = policy_version
         self._max_batch = max_batch
         self._waiting: deque[Request] = deque()
         self._rid_of: dict[int, str] = {}
         self._serial = 0
-        model_config = scheduler.model_config
-        eos = tuple(sorted(int(t) for t in model_config.hf_eos_token_id or ()))
         runner = scheduler.tp_worker.model_runner
         self._model = runner.model
-        self._info = EngineInfo(
-            engine="sglang",
-            engine_version=versions.installed(),
-            architecture_digest=architecture_digest(model_config.hf_config.to_dict()),
-            weights_digest=self._digest(),
-            tokenizer_digest=tokenizer_digest(folder),
-            chat_template_digest=chat_template_digest(folder),
-            vocab_size=int(model_config.vocab_size),
-            # SGLang refuses longer inputs, and a resumed rollout is one.
-            max_context=int(scheduler.max_req_input_len),
-            eos_token_ids=eos,
-            dtype=str(runner.dtype).removeprefix("torch."),
-            extras={
-                "torch": torch.__version__,
-                "device": str(scheduler.device),
-                "attention": str(scheduler.server_args.attention_backend),
-            },
-        )
-        self._rollouts = Rollouts(max_batch, eos, self._info.max_context)
+        self._info = info_of(scheduler, folder, self._digest())
+        self._rollouts = Rollouts(max_batch, self._info.eos_token_ids, self._info.max_context)
         setattr(runner, hooks.ATTRIBUTE, self._rollouts)
 
     @classmethod
@@ -217,8 +200,18 @@ class SglangEngine:
         """See `Engine.load_weights`. Running requests are retracted and keep their tokens; their KV is computed again.
 
         `source`: a model folder, or tensors by the names of the folder that the engine was built from.
+
+        Raises:
+            ArchitectureMismatch, BadInput: another model's weights, or a folder that is not whole; nothing has changed.
+            BackendError: SGLang failed while it loaded them; the engine must not be used further.
         """
-        self._checkpoint.check_same_model(source)
+        if isinstance(source, Path):
+            same_architecture(self._folder, source)
+            shapes = Checkpoint(source).shapes()
+        else:
+            shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
+        # Before anything is touched: SGLang checks neither names nor shapes, and rolls back from the folder that failed.
+        same_shapes(self._shapes, shapes)
         self._scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
         try:
             if isinstance(source, Path):
@@ -309,7 +302,7 @@ class SglangEngine:
                 )
 
     def _digest(self) -> str:
-        return weights_digest(dict(self._scheduler.tp_worker.model_runner.model.named_parameters()))
+        return weights_digest(dict(self._model.named_parameters()))
 
 
 _NOTHING = StepOutput(
