@@ -6,7 +6,8 @@ that little of a batch is padding. Right padding needs no mask in a causal model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +39,22 @@ class Batch:
         """Tokens forwarded after the prefix, padding included."""
         return len(self.rows) * max(len(row) for row in self.rows)
 
+    def only(self, members: Collection[int]) -> Batch | None:
+        """The same with fewer members; None if none is left."""
+        kept = [(i, row) for i, row in zip(self.members, self.rows) if i in members]
+        if not kept:
+            return None
+        ids, rows = zip(*kept)
+        return Batch(self.prefix, ids, rows, self.same_prefix_follows)
 
-def plan(items: Sequence[ScoreItem], token_budget: int) -> list[Batch]:
+
+def context_key(item: ScoreItem) -> bytes:
+    """Equal for items that read the same tokens before their spans."""
+    read = item.read_ids()
+    return hashlib.blake2b(read[: len(read) - item.positions].tobytes(), digest_size=16).digest()
+
+
+def plan(items: Sequence[ScoreItem], token_budget: int, *, share_prefixes: bool = True) -> list[Batch]:
     """Batches of at most `token_budget` tokens each, padding included; a longer item is a batch by itself."""
     reads = [item.read_ids() for item in items]
     by_context: dict[bytes, list[int]] = {}
@@ -50,7 +65,7 @@ def plan(items: Sequence[ScoreItem], token_budget: int) -> list[Batch]:
     for members in by_context.values():
         # The context's last token stays with the rows: what it predicts is the first score of each.
         shared = len(reads[members[0]]) - items[members[0]].positions - 1
-        if len(members) < 2 or shared < MIN_SHARED_TOKENS:
+        if len(members) < 2 or shared < MIN_SHARED_TOKENS or not share_prefixes:
             alone += members
             continue
         prefix = reads[members[0]][:shared]

@@ -8,6 +8,7 @@
     │   ├── DeadlinePassed              the time the caller gave ran out before the work was done
     │   ├── Unreachable                 no server that may answer does, after all retries
     │   ├── TeacherFailed               a teacher cannot be loaded, or computes something that is no score
+    │   ├── SchedulerFailed             the server broke; nothing is known to be wrong with the item
     │   ├── BadResult                   an answer that does not fit what was asked; never stored
     │   └── BadConfiguration (ValueError)
     └── ProvenanceError
@@ -27,6 +28,7 @@ __all__ = [
     "DeadlinePassed",
     "MessageTooLarge",
     "Overloaded",
+    "SchedulerFailed",
     "ScoreProvenanceMismatch",
     "ScoringError",
     "TeacherFailed",
@@ -65,6 +67,10 @@ class Unreachable(ScoringError):
 
 class TeacherFailed(ScoringError):
     """A teacher that cannot be loaded, or whose output is not a number."""
+
+
+class SchedulerFailed(ScoringError):
+    """The server's scheduler ended by a defect of its own. Its items are unanswered; send them elsewhere."""
 
 
 class BadResult(ScoringError):

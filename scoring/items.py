@@ -6,7 +6,6 @@ Shape legend: T = tokens of the rollout, P = positions of the span, k = top toke
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,9 @@ from .errors import BadRequest, BadResult, mismatch, problem
 
 Int32s = NDArray[np.int32]
 Float32s = NDArray[np.float32]
+
+#: Beyond these, logits divided by the temperature overflow float32, or leave nothing of the distribution.
+TEMPERATURES = (1e-4, 1e4)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +102,13 @@ class ScoreItem:
             return self.token_ids[:end]
         return np.concatenate((self.teacher_prefix_ids, self.token_ids[start:end])).astype(np.int32)
 
+    def result_bytes(self, hidden_size: int) -> int:
+        """Memory that its result takes while it is computed, at most. Candidates are padded to the longest row."""
+        row = 17 + 8 * self.wanted.top_k + 2 * hidden_size * self.wanted.hidden_states
+        if self.candidates is not None:
+            row += 16 * int(np.diff(self.candidates.offsets).max(initial=0))
+        return self.positions * row
+
     def check(self) -> None:
         """Raises BadRequest if no teacher could score this."""
         start, end = self.span
@@ -109,8 +118,8 @@ class ScoreItem:
             wrong = "it names neither a teacher nor a domain"
         elif not 0 <= start < end <= len(self.token_ids):
             wrong = f"its span {start}:{end} is not within its {len(self.token_ids)} tokens"
-        elif not (0.0 < self.temperature < math.inf):
-            wrong = f"its temperature is {self.temperature!r}"
+        elif not (TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1]):
+            wrong = f"its temperature is {self.temperature!r}, not within {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}"
         elif not (wanted.logprobs or wanted.top_k or wanted.entropy or wanted.hidden_states or self.candidates):
             wrong = "it wants nothing"
         elif int(self.read_ids().min()) < 0 or int(self.token_ids.min()) < 0:
@@ -173,6 +182,14 @@ class Scores:
     server: str = ""
     fallback: bool = False
     """The answer comes from another checkpoint than the one that was expected, as the caller allowed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        arrays = (self.valid, self.logprobs, self.top_ids, self.top_logprobs, self.tail_mass, self.entropy)
+        ragged = self.candidate_logprobs
+        total = sum(a.nbytes for a in (*arrays, self.hidden_states) if a is not None)
+        return total + (0 if ragged is None else ragged.values.nbytes + ragged.offsets.nbytes)
 
     def check_against(self, item: ScoreItem) -> None:
         """See that this answers that item.

@@ -1,29 +1,47 @@
-"""Accepted items wait here; one teacher at a time works on them while the next is being loaded.
+"""Accepted items wait here; one teacher at a time works on them while another is being loaded.
 
-Everything but loading and computing runs on one event loop. Each of these two has a thread of its own.
+Everything but loading, computing and the disk runs on one event loop; each of those has threads of its own. If the
+scheduler itself breaks, every waiter gets the error, and nothing is accepted any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from rollout_wal.dataset import tokens_crc32c
 from rollout_wal.errors import RolloutWalError
 
 from .cache import ScoreCache
-from .errors import BadRequest, DeadlinePassed, MessageTooLarge, Overloaded, TeacherFailed, problem
+from .counters import Counters
+from .errors import (
+    BadRequest,
+    BadResult,
+    DeadlinePassed,
+    MessageTooLarge,
+    Overloaded,
+    SchedulerFailed,
+    TeacherFailed,
+    problem,
+)
+from .heads import HeadStore, StoredHead
 from .items import ScoreItem, Scores, check_provenance
+from .jobs import Job, Queues, Waiter
 from .residency import Residency, Waiting
+from .teacher_room import TeacherRoom
 from .teachers.base import Teacher, TeacherSource
 
 log = logging.getLogger(__name__)
+
+_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,39 +50,22 @@ class Limits:
 
     Args:
         max_item_tokens: that one item reads; more is refused for good.
+        max_item_result_bytes: of one item's result; more is refused for good.
         max_queued_tokens: of all accepted items that are not finished; more is refused for now.
         work_tokens: taken from a teacher's queue at a time. The more, the better they sort by length and share
-            prompts; the fewer, the sooner cancelled and overdue items are noticed.
+            prompts; the fewer, the sooner another teacher gets its turn.
+        linger_s: how long work that finds the server idle waits for company: groups and batches arrive one by one.
+        unit_stall_s: a unit of work that takes longer makes the server unhealthy.
+        cache_backlog_bytes: of scores that wait for the disk; beyond that they are not kept.
     """
 
     max_item_tokens: int = 131_072
+    max_item_result_bytes: int = 512 << 20
     max_queued_tokens: int = 4_000_000
     work_tokens: int = 65_536
-
-
-@dataclass(slots=True)
-class Counters:
-    """For metrics."""
-
-    accepted_items: int = 0
-    scored_items: int = 0
-    scored_tokens: int = 0
-    cached_items: int = 0
-    refused_overload: int = 0
-    deadline_passed: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    loads: dict[str, int] = field(default_factory=dict)
-    busy_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    item: ScoreItem
-    tokens: int
-    arrived_s: float
-    deadline_s: float | None
-    future: asyncio.Future[Scores]
+    linger_s: float = 0.01
+    unit_stall_s: float = 900.0
+    cache_backlog_bytes: int = 256 << 20
 
 
 class Scheduler:
@@ -74,6 +75,7 @@ class Scheduler:
         sources: the teachers.
         residency: over the same teachers.
         cache: scores that were computed before; None: none are kept.
+        heads: heads that were given out before; None: kept until the scheduler stops.
         limits: what to accept.
         clock: seconds, monotonic.
     """
@@ -84,50 +86,68 @@ class Scheduler:
         residency: Residency,
         *,
         cache: ScoreCache | None = None,
+        heads: HeadStore | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sources: Mapping[str, TeacherSource] = {s.info.id: s for s in sources}
         self.residency, self.limits, self.counters = residency, limits or Limits(), Counters()
-        self.failures: dict[str, str] = {}
-        """Why a teacher could not be loaded, the last time it was tried."""
+        self.room = TeacherRoom(self.sources, residency, self.counters, clock, self._loaded)
+        self.crashed = asyncio.Event()
+        self.busy: tuple[str, float] | None = None
+        """The teacher that works, and since when."""
         self.queued_tokens = 0
-        self._cache, self._clock = cache, clock
-        self._queues: dict[str, deque[_Job]] = {}
-        self._teachers: dict[str, Teacher] = {}
-        self._loading: tuple[str, asyncio.Task[None]] | None = None
+        """Of all accepted jobs that are not finished."""
+        self._cache, self._heads, self._clock = cache, heads or HeadStore(), clock
+        self._queues = Queues()
+        self._jobs: dict[str, Job] = {}
+        """All that are queued or running, by key: whoever wants the same waits for the same."""
         self._wake = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "scoring-compute")
-        self._loader = ThreadPoolExecutor(1, "scoring-load")
+        self._disk = ThreadPoolExecutor(2, "scoring-disk")
+        self._disk_backlog = 0
+        self._crash: BaseException | None = None
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Teachers that cannot be loaded at present, each with the reason."""
+        return self.room.failing()
+
+    def waiting(self) -> dict[str, Waiting]:
+        """What is queued, by teacher. Any thread may ask."""
+        return self._queues.waiting()
+
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """Stop at once. To lose nothing, wait for `idle` first."""
+        """Stop at once; whoever still waits gets SchedulerFailed. To lose nothing, wait for `idle` first."""
+        self._stopping = True
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._loading:
-            await asyncio.gather(self._loading[1], return_exceptions=True)
-        for queue in self._queues.values():
-            for job in queue:
-                job.future.cancel()
-        self._queues.clear()
-        self._compute.shutdown(wait=True)
-        self._loader.shutdown(wait=True)
-        self._teachers.clear()
+        self._fail_all(_stopped())
+        for pool in (self._compute, self._disk):
+            await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)
+        await self.room.close()
+        self._heads.close()
 
     async def idle(self) -> None:
         """Return when everything that was accepted is answered."""
-        while self.queued_tokens:
+        while self._jobs:
             await asyncio.sleep(0.01)
+
+    def healthy(self) -> bool:
+        """Whether work goes on."""
+        stalled = self.busy is not None and self._clock() - self.busy[1] > self.limits.unit_stall_s
+        return self._crash is None and not stalled
 
     def teacher_for(self, item: ScoreItem) -> TeacherSource:
         """By the name that the item gives, or by its domain. Raises BadRequest."""
         if item.teacher:
-            found = [s for s in self.sources.values() if s.info.id == item.teacher]
+            found = [self.sources[item.teacher]] if item.teacher in self.sources else []
         else:
             found = [s for s in self.sources.values() if item.domain in s.info.domains]
         if len(found) != 1:
@@ -141,224 +161,311 @@ class Scheduler:
         return found[0]
 
     async def score(self, item: ScoreItem) -> Scores:
-        """The scores of an item. Cancelling the call drops the item if it has not been computed yet.
+        """The scores of an item. Cancelling the call drops the item if nobody else waits for the same.
 
         Raises:
             BadRequest, MessageTooLarge, ScoreProvenanceMismatch: it cannot be scored here.
             Overloaded: not now. DeadlinePassed: no longer. TeacherFailed: its teacher is broken.
+            SchedulerFailed: the server is.
         """
         source = self.teacher_for(item)
-        tokens = len(item.read_ids())
-        if tokens > self.limits.max_item_tokens:
+        arrived = self._clock()
+        tokens = self._check(item, source)
+        key = item.key(source.info.provenance)
+        if self._cache is not None and key not in self._jobs:
+            loop = asyncio.get_running_loop()
+            cached = await loop.run_in_executor(self._disk, _cached, self._cache, key, item)
+            if cached is not None:
+                self.counters.cached_items += 1
+                return cached
+        deadline = None if item.deadline_s is None else arrived + item.deadline_s
+        scores: Scores = await self._wait(key, source.info.id, tokens, item, deadline)
+        self.counters.answered_s.add(self._clock() - arrived)
+        return _for(item, scores)
+
+    async def head(self, teacher_id: str) -> StoredHead:
+        """The LM head of a teacher, on disk. The teacher is loaded in its turn if the head was never asked for.
+
+        Raises:
+            BadRequest: there is no such teacher, or it has no head that could be used.
+            TeacherFailed: it cannot be loaded. Overloaded: not now. SchedulerFailed: the server is broken.
+        """
+        source = self.teacher_for(ScoreItem(_NOTHING, (0, 0), teacher_id))
+        provenance = source.info.provenance
+        stored = await asyncio.get_running_loop().run_in_executor(self._disk, self._heads.get, provenance)
+        if stored is None:
+            stored = await self._wait(f"head {teacher_id}", teacher_id, 1, None, None)
+        return stored
+
+    def _check(self, item: ScoreItem, source: TeacherSource) -> int:
+        """Tokens that the item reads. Raises what `score` does if it cannot be scored here."""
+        limits, tokens = self.limits, len(item.read_ids())
+        result_bytes = item.result_bytes(source.info.hidden_size)
+        if tokens > limits.max_item_tokens or result_bytes > limits.max_item_result_bytes:
             raise MessageTooLarge(
                 problem(
-                    f"the item reads {tokens} tokens and the limit is {self.limits.max_item_tokens}",
+                    f"the item reads {tokens} tokens for a result of {result_bytes} bytes; the limits are "
+                    f"{limits.max_item_tokens} and {limits.max_item_result_bytes}",
                     consequence="Nothing was computed for it",
-                    remedy="Score a shorter item, or raise max_item_tokens of the server",
+                    remedy="Score a shorter span, want less, or raise the server's limits",
                 )
             )
         source.info.check(item)
-        provenance = source.info.provenance
-        check_provenance(provenance, item.expected, item.teacher)
-        arrived = self._clock()
-        if self._cache is not None:
-            cached = await asyncio.to_thread(self._cache.get, item.key(provenance))
-            if cached is not None:
-                self.counters.cached_items += 1
-                return _for(item, cached)
-        if self.queued_tokens and self.queued_tokens + tokens > self.limits.max_queued_tokens:
+        check_provenance(source.info.provenance, item.expected, item.teacher)
+        return tokens
+
+    async def _wait(self, key: str, teacher: str, tokens: int, item: ScoreItem | None, deadline_s: float | None) -> Any:
+        if self._crash is not None or self._stopping:
+            raise _broken(self._crash) if self._crash else _stopped()
+        if (failure := self.room.failure(teacher)) is not None:
+            raise failure
+        job = self._jobs.get(key)
+        if job is not None:
+            self.counters.coalesced_items += 1
+        elif self.queued_tokens and self.queued_tokens + tokens > self.limits.max_queued_tokens:
             self.counters.refused_overload += 1
-            raise self._overloaded()
-        deadline = None if item.deadline_s is None else arrived + item.deadline_s
-        job = _Job(item, tokens, arrived, deadline, asyncio.get_running_loop().create_future())
-        self.queued_tokens += tokens
+            raise self.overloaded(f"{self.queued_tokens} tokens are queued of {self.limits.max_queued_tokens}")
+        else:
+            job = self._jobs[key] = Job(key, teacher, tokens, self._clock(), item)
+            self._queues.add(job)
+            self.queued_tokens += tokens
+            self.residency.arrived(teacher, job.arrived_s)
+            self._wake.set()
         self.counters.accepted_items += 1
-        self._queues.setdefault(source.info.id, deque()).append(job)
-        self._wake.set()
+        waiter = Waiter(item, asyncio.get_running_loop().create_future(), deadline_s)
+        job.waiters.append(waiter)
         try:
-            return await job.future
+            return await waiter.future
         finally:
-            self.queued_tokens -= tokens
+            job.waiters.remove(waiter)
+            if not waiter.future.done() or waiter.future.cancelled():
+                self.counters.cancelled += 1
+            if not job.waiters and not job.running and self._jobs.get(key) is job:
+                self._queues.remove(job)
+                self._leave(job)
 
-    async def head(self, teacher_id: str) -> Any:
-        """The LM head of a teacher, as a tensor on the CPU; the teacher is loaded beside the scheduler for it.
-
-        Raises:
-            BadRequest: it has none that could be used. TeacherFailed: it cannot be loaded.
-        """
-        loaded = self._teachers.get(teacher_id)
-        if loaded is None:
-            loaded = await asyncio.get_running_loop().run_in_executor(self._loader, self.sources[teacher_id].load)
-        return loaded.head().cpu().contiguous()
-
-    def _overloaded(self) -> Overloaded:
+    def overloaded(self, what: str) -> Overloaded:
+        """The error that tells a caller when to come back: when half of what is queued should be done."""
         c = self.counters
-        rate = c.scored_tokens / c.busy_s if c.busy_s else 1e5
+        rate = c.scored_tokens / c.busy_s if c.busy_s and c.scored_tokens else 1e5
         delay = min(60.0, max(0.05, self.queued_tokens / rate / 2))
         return Overloaded(
             problem(
-                f"{self.queued_tokens} tokens are queued and the limit is {self.limits.max_queued_tokens}",
+                what,
                 consequence="The item was not accepted",
                 remedy=f"Send it again in {delay:.2f} s, or elsewhere",
             ),
             delay,
         )
 
+    async def _supervise(self) -> None:
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a defect; whoever waits must hear of it
+            self._crash = error
+            log.critical("scheduler failed", exc_info=error)
+            self._fail_all(_broken(error))
+            self.crashed.set()
+
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+        for teacher in sorted(self.residency.pinned):
+            self.room.begin(teacher, {})
+            await self.room.wait()
         while True:
             self._drop_dead()
-            queues = self._waiting()
-            teacher_id = self.residency.next_teacher(queues, self._clock())
+            queues, now = self._queues.waiting(), self._clock()
+            teacher_id = self.residency.next_teacher(queues, now)
+            if teacher_id is not None and teacher_id not in self.room.teachers:
+                self.room.begin(teacher_id, queues)
+                teacher_id = self.residency.next_teacher(queues, now, self.room.teachers)
             if teacher_id is None:
-                self._wake.clear()
-                await self._wake.wait()
+                due = self.residency.next_due_s(queues) - now if not self.room.loading else None
+                await self._pause(due if queues else None)
                 continue
-            if teacher_id not in self._teachers:
-                await self._load(teacher_id)
-                continue
-            self._prefetch(teacher_id)
-            jobs = self._take(teacher_id)
-            self.residency.used(teacher_id)
-            started = self._clock()
-            try:
-                await loop.run_in_executor(self._compute, self._work, self._teachers[teacher_id], jobs, loop)
-            finally:
-                self.counters.busy_s += self._clock() - started
+            if (ahead := self.residency.next_load(queues, now, teacher_id)) is not None:
+                self.room.begin(ahead, queues, {*queues, teacher_id})
+            await self._unit(teacher_id)
 
-    async def _load(self, teacher_id: str) -> None:
-        """Load a teacher, or wait for one that is being loaded; its items fail if it cannot be."""
-        if self._loading is not None and not self._loading[1].done():
-            await asyncio.shield(self._loading[1])
-            if self._loading[0] == teacher_id or teacher_id in self._teachers:
-                return
-        victims = self.residency.victims(teacher_id, self._waiting())
-        for victim in victims or []:
-            self._evict(victim)
-        await self._load_task(teacher_id)
+    async def _pause(self, until_due_s: float | None) -> None:
+        """Until something arrives, a teacher is loaded, or work becomes due."""
+        idle = not self._jobs
+        # Deadlines pass while the work waits for more; whoever waits for them hears of it soon.
+        timeout = None if idle else max(0.001, min(0.25, 0.25 if until_due_s is None else until_due_s))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), timeout)
+        self._wake.clear()
+        if idle and self.limits.linger_s:
+            await asyncio.sleep(self.limits.linger_s)
 
-    def _prefetch(self, busy: str) -> None:
-        if self._loading is not None and not self._loading[1].done():
-            return
-        wanted = self.residency.next_load(self._waiting(), self._clock(), busy)
-        if wanted is None:
-            return
-        for victim in self.residency.victims(wanted, {}, {*self._waiting(), busy}) or []:
-            self._evict(victim)
-        self._loading = wanted, asyncio.create_task(self._load_task(wanted))
-
-    async def _load_task(self, teacher_id: str) -> None:
-        self.residency.loaded(teacher_id)  # its memory is spoken for from here on
+    async def _unit(self, teacher_id: str) -> None:
+        """Compute a unit of a teacher's work."""
+        jobs = self._queues.take(teacher_id, self.limits.work_tokens)
         started = self._clock()
+        self.residency.used(teacher_id, started)
+        for job in jobs:
+            job.running = True
+            self.counters.waited_s.add(started - job.arrived_s)
+        self.busy = teacher_id, started
+        loop = asyncio.get_running_loop()
         try:
-            teacher = await asyncio.get_running_loop().run_in_executor(self._loader, self.sources[teacher_id].load)
-        except Exception as raised:  # whatever loading raises, the other teachers go on
-            error = raised if isinstance(raised, RolloutWalError) else _load_failure(teacher_id, raised)
-            self.residency.evicted(teacher_id)
-            self.failures[teacher_id] = str(error)
-            log.error("teacher failed to load", extra={"teacher": teacher_id, "error": str(error)})
-            for job in self._queues.pop(teacher_id, ()):
-                self._fail(job, error)
+            await loop.run_in_executor(self._compute, self._work, self.room.teachers[teacher_id], jobs, loop)
+        finally:
+            self.busy = None
+            self.counters.busy_s += self._clock() - started
+
+    def _work(self, teacher: Teacher, jobs: list[Job], loop: asyncio.AbstractEventLoop) -> None:
+        """On the compute thread: every job is settled, whatever happens."""
+        open_jobs = dict.fromkeys(jobs)
+
+        def settle(job: Job, outcome: Any) -> None:
+            del open_jobs[job]
+            loop.call_soon_threadsafe(self._settle, job, outcome)
+
+        try:
+            for job in [job for job in jobs if job.item is None]:
+                settle(job, self._heads.put(teacher.info.provenance, teacher.head()))
+            scored = [job for job in jobs if job.item is not None]
+            items = [job.item for job in scored if job.item is not None]
+            left_out: list[Job] = []
+
+            def wanted(i: int) -> bool:
+                if self._wanted(scored[i]):
+                    return True
+                left_out.append(scored[i])
+                return False
+
+            for i, outcome in teacher.stream(items, wanted):
+                settle(scored[i], _checked(teacher, items[i], outcome))
+            for job in left_out:
+                settle(job, None)
+            error: Exception = RuntimeError("it gave no answer")
+        except Exception as raised:  # whatever a teacher raises, the server goes on
+            error = raised
+        for job in list(open_jobs):
+            settle(job, error if isinstance(error, RolloutWalError) else _unknown_failure(teacher, error))
+
+    def _wanted(self, job: Job) -> bool:
+        return not self._stopping and job.wanted(self._clock())
+
+    def _settle(self, job: Job, outcome: Any) -> None:
+        """Answer everyone who waits for a job."""
+        if outcome is None and self._wanted(job):  # somebody joined after it was left out
+            job.running = False
+            self._queues.add(job)
+            self._wake.set()
             return
-        self._teachers[teacher_id] = teacher
-        self.failures.pop(teacher_id, None)
-        self.counters.loads[teacher_id] = self.counters.loads.get(teacher_id, 0) + 1
-        log.info("teacher loaded", extra={"teacher": teacher_id, "seconds": round(self._clock() - started, 3)})
-
-    def _evict(self, teacher_id: str) -> None:
-        self.residency.evicted(teacher_id)
-        self._teachers.pop(teacher_id, None)
-        log.info("teacher evicted", extra={"teacher": teacher_id})
-
-    def _take(self, teacher_id: str) -> list[_Job]:
-        queue, tokens = self._queues[teacher_id], 0
-        jobs: list[_Job] = []
-        while queue and (not jobs or tokens + queue[0].tokens <= self.limits.work_tokens):
-            jobs.append(queue.popleft())
-            tokens += jobs[-1].tokens
-        if not queue:
-            del self._queues[teacher_id]
-        return jobs
-
-    def _work(self, teacher: Teacher, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
-        """On the compute thread: score, keep, answer. An item that fails does not fail its company."""
-        parts = [jobs]
-        while parts:
-            part = parts.pop()
-            try:
-                results = teacher.score([job.item for job in part])
-            except Exception as error:  # whatever a model raises, the server goes on
-                if len(part) > 1:
-                    parts += [[job] for job in part]
-                    continue
-                known = error if isinstance(error, RolloutWalError) else _unknown_failure(teacher, error)
-                loop.call_soon_threadsafe(self._fail, part[0], known)
+        self._leave(job)
+        if isinstance(outcome, Exception):
+            self.counters.failed += 1
+        elif isinstance(outcome, Scores):
+            self.counters.scored_items += 1
+            self.counters.scored_tokens += job.tokens
+            self._keep(outcome)
+        now = self._clock()
+        for waiter in tuple(job.waiters):
+            if waiter.future.done():
                 continue
-            for job, scores in zip(part, results, strict=True):
-                if self._cache is not None:
-                    self._cache.put(scores)
-                loop.call_soon_threadsafe(self._answer, job, scores)
+            if isinstance(outcome, Exception):
+                waiter.future.set_exception(outcome)
+            elif outcome is None:
+                self._too_late(job, waiter, now)
+            else:
+                waiter.future.set_result(outcome)
 
-    def _answer(self, job: _Job, scores: Scores) -> None:
-        self.counters.scored_items += 1
-        self.counters.scored_tokens += job.tokens
-        if not job.future.done():
-            job.future.set_result(scores)
+    def _leave(self, job: Job) -> None:
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
+            self.queued_tokens -= job.tokens
 
-    def _fail(self, job: _Job, error: Exception) -> None:
-        self.counters.failed += 1
-        if not job.future.done():
-            job.future.set_exception(error)
+    def _keep(self, scores: Scores) -> None:
+        """Hand scores to the disk. One that cannot follow costs time later, and no memory now."""
+        if self._cache is None or self._stopping:
+            return
+        size = scores.nbytes
+        if self._disk_backlog + size > self.limits.cache_backlog_bytes:
+            self.counters.cache_skipped += 1
+            return
+        self._disk_backlog += size
+
+        def done(_: object) -> None:
+            self._disk_backlog -= size
+
+        asyncio.get_running_loop().run_in_executor(self._disk, self._cache.put, scores).add_done_callback(done)
+
+    def _loaded(self, teacher_id: str, error: RolloutWalError | None) -> None:
+        """A load has ended. If it failed, so do the teacher's items."""
+        for job in self._queues.of(teacher_id) if error is not None else ():
+            self._queues.remove(job)
+            self._settle(job, error)
+        self._wake.set()
 
     def _drop_dead(self) -> None:
-        """Take out what nobody waits for, before anything is computed for it."""
+        """Take out what nobody waits for any more, before anything is computed for it."""
         now = self._clock()
-        for teacher_id, queue in list(self._queues.items()):
-            alive: deque[_Job] = deque()
-            for job in queue:
-                if job.future.done():
-                    self.counters.cancelled += 1
-                elif job.deadline_s is not None and now >= job.deadline_s:
-                    self.counters.deadline_passed += 1
-                    job.future.set_exception(_too_late(job, now))
-                else:
-                    alive.append(job)
-            if alive:
-                self._queues[teacher_id] = alive
-            else:
-                del self._queues[teacher_id]
+        for job in self._queues:
+            for waiter in tuple(job.waiters):
+                if not waiter.future.done() and not waiter.waits(now):
+                    self._too_late(job, waiter, now)
+            if not job.wanted(now):
+                self._queues.remove(job)
+                self._leave(job)
 
-    def _waiting(self) -> dict[str, Waiting]:
-        return {
-            teacher: Waiting(sum(job.tokens for job in queue), queue[0].arrived_s)
-            for teacher, queue in self._queues.items()
-            if queue
-        }
+    def _too_late(self, job: Job, waiter: Waiter, now_s: float) -> None:
+        self.counters.deadline_passed += 1
+        limit = waiter.item.deadline_s if waiter.item is not None else None
+        waiter.future.set_exception(
+            DeadlinePassed(
+                problem(
+                    f"the item waited {now_s - job.arrived_s:.2f} s and its deadline was {limit} s",
+                    consequence="Nothing was computed for it",
+                    remedy="Allow more time, or send less at once",
+                )
+            )
+        )
+
+    def _fail_all(self, error: Exception) -> None:
+        jobs: Iterable[Job] = list(self._jobs.values())
+        self._queues = Queues()
+        for job in jobs:
+            job.running = True  # in no queue any more
+            self._leave(job)
+            for waiter in tuple(job.waiters):
+                if not waiter.future.done():
+                    waiter.future.set_exception(error)
+
+
+def _cached(cache: ScoreCache, key: str, item: ScoreItem) -> Scores | None:
+    """What the cache has for an item, held against it like any other answer."""
+    found = cache.get(key)
+    if found is None:
+        return None
+    scores = _for(item, found)
+    try:
+        scores.check_against(item)
+    except RolloutWalError as error:
+        log.error("cached scores are not usable", extra={"key": key, "error": str(error)})
+        return None
+    return scores
 
 
 def _for(item: ScoreItem, scores: Scores) -> Scores:
-    """Cached scores as the answer to an item that reads the same, though its rollout may differ elsewhere."""
+    """Scores as the answer to an item that reads the same, though its rollout may differ elsewhere."""
     return replace(scores, span=item.span, tokens_crc32c=tokens_crc32c(item.token_ids))
 
 
-def _too_late(job: _Job, now_s: float) -> DeadlinePassed:
-    return DeadlinePassed(
-        problem(
-            f"the item waited {now_s - job.arrived_s:.2f} s and its deadline was {job.item.deadline_s} s",
-            consequence="Nothing was computed for it",
-            remedy="Allow more time, or send less at once",
-        )
-    )
-
-
-def _load_failure(teacher_id: str, error: Exception) -> TeacherFailed:
-    return TeacherFailed(
-        problem(
-            f"teacher {teacher_id!r} cannot be loaded: {type(error).__name__}: {error}",
-            consequence="Its items fail; other teachers are not affected",
-            remedy="If memory ran out, give this server fewer teachers at a time; otherwise repair the checkpoint",
-        )
-    )
+def _checked(teacher: Teacher, item: ScoreItem, outcome: Scores | Exception) -> Scores | Exception:
+    """Whatever a teacher gives out is held against the item before anybody sees it, or a disk."""
+    if isinstance(outcome, RolloutWalError):
+        return outcome
+    if isinstance(outcome, Exception):
+        return _unknown_failure(teacher, outcome)
+    try:
+        outcome.check_against(item)
+    except RolloutWalError as error:
+        return TeacherFailed(str(error)) if isinstance(error, BadResult) else error
+    return outcome
 
 
 def _unknown_failure(teacher: Teacher, error: Exception) -> TeacherFailed:
@@ -368,5 +475,25 @@ def _unknown_failure(teacher: Teacher, error: Exception) -> TeacherFailed:
             f"teacher {teacher.info.id!r} failed: {type(error).__name__}: {error}",
             consequence="The item fails; other items are not affected",
             remedy="If memory ran out, lower the token budget or chunk; otherwise see the server's log",
+        )
+    )
+
+
+def _broken(error: BaseException) -> SchedulerFailed:
+    return SchedulerFailed(
+        problem(
+            f"the server's scheduler failed: {type(error).__name__}: {error}",
+            consequence="What it had accepted is not answered, and nothing is accepted any more",
+            remedy="Send the items to another server; restart this one, and report the defect with its log",
+        )
+    )
+
+
+def _stopped() -> SchedulerFailed:
+    return SchedulerFailed(
+        problem(
+            "the server stopped",
+            consequence="The item is not answered",
+            remedy="Send it to another server, or to this one when it is back",
         )
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,11 +66,13 @@ class Teacher(Protocol):
 
     info: TeacherInfo
 
-    def score(self, items: Sequence[ScoreItem]) -> list[Scores]:
-        """Scores of items that `info.check` accepts, in their order.
+    def stream(
+        self, items: Sequence[ScoreItem], wanted: Callable[[int], bool] = ...
+    ) -> Iterator[tuple[int, Scores | Exception]]:
+        """(index, scores or why there are none) of items that `info.check` accepts, as they are computed.
 
-        Raises:
-            TeacherFailed: its output is not a number.
+        An item that fails does not fail its company. `wanted(index)` is asked just before an item is computed; one
+        that is not wanted any more is left out.
         """
         ...
 

@@ -6,10 +6,15 @@ a position, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from rollout_kernels.model import load_packed_model, quantize_model_
 from rollout_wal.dataset import Provenance, tokens_crc32c
 from rollout_wal.engines.common.identity import chat_template_digest, tokenizer_digest, weights_digest
 from rollout_wal.engines.hf.weights import no_progress_bars, parameters
+from rollout_wal.errors import RolloutWalError
 
 from ..batching import Batch, plan
 from ..errors import BadConfiguration, BadRequest, BadResult, TeacherFailed, mismatch, problem
@@ -65,6 +71,7 @@ class HfTeacherSource:
         domains: labels that are routed to it.
         token_budget: tokens of a forward, padding included.
         chunk_tokens: columns of a forward; a longer sequence is forwarded in pieces of that many.
+        share_prefixes: forward a context that several items have in common once.
     """
 
     def __init__(
@@ -77,9 +84,11 @@ class HfTeacherSource:
         device: str = "cpu",
         token_budget: int = 8192,
         chunk_tokens: int = 4096,
+        share_prefixes: bool = True,
     ) -> None:
         self.folder, self.precision = Path(folder), precision
         self.device, self.token_budget, self.chunk_tokens = torch.device(device), token_budget, chunk_tokens
+        self.share_prefixes = share_prefixes
         if precision not in _DTYPES or not (self.folder / "config.json").is_file():
             raise BadConfiguration(
                 problem(
@@ -97,13 +106,12 @@ class HfTeacherSource:
             chat_template_digest(self.folder),
             precision,
         )
-        bytes_on_disk = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
         self.info = TeacherInfo(
             provenance,
             min(config.vocab_size, _tokenizer_size(self.folder) or config.vocab_size),
             config.max_position_embeddings,
             config.hidden_size,
-            bytes_on_disk,
+            loaded_bytes(self.folder, precision),
             tuple(domains),
         )
 
@@ -113,8 +121,12 @@ class HfTeacherSource:
         try:
             self._check_unchanged()
             model = _load(self.folder, self.precision)
+            if self.device.type == "cpu":
+                _own_memory(model)
+            else:
+                model = model.to(self.device)
             self._check_unchanged()  # and not while it was read either
-            return HfTeacher(model.to(self.device), self.info, self.token_budget, self.chunk_tokens)
+            return HfTeacher(model, self.info, self.token_budget, self.chunk_tokens, share_prefixes=self.share_prefixes)
         except (OSError, ValueError, RuntimeError, KernelError, SafetensorError) as error:
             raise TeacherFailed(
                 problem(
@@ -179,8 +191,10 @@ class SnapshotSource:
 class HfTeacher:
     """A model in memory."""
 
-    def __init__(self, model: Any, info: TeacherInfo, token_budget: int, chunk_tokens: int) -> None:
-        self.info = info
+    def __init__(
+        self, model: Any, info: TeacherInfo, token_budget: int, chunk_tokens: int, *, share_prefixes: bool = True
+    ) -> None:
+        self.info, self._share = info, share_prefixes
         self._model = model.eval()
         self._decoder = model.get_decoder()
         self._head: Tensor = model.get_output_embeddings().weight
@@ -188,19 +202,63 @@ class HfTeacher:
         self._budget, self._chunk = token_budget, chunk_tokens
         self._cap = self._probe()
 
-    @torch.inference_mode()
     def score(self, items: Sequence[ScoreItem]) -> list[Scores]:
-        """See `Teacher`. One item's number may differ from what it would be in other company by rounding alone."""
+        """Scores of all items, in their order. Raises the first error that `stream` gives."""
         out: list[Scores | None] = [None] * len(items)
-        cache: Any = None
-        for batch in plan(items, self._budget):
-            if len(batch.prefix) and cache is None:
-                cache = self._cache_of(batch.prefix)
-            for i, hidden_RH in zip(batch.members, self._hidden(batch, cache, items)):
-                out[i] = self._scores(items[i], hidden_RH)
-            if not batch.same_prefix_follows:
-                cache = None
+        for i, outcome in self.stream(items):
+            if isinstance(outcome, Exception):
+                raise outcome
+            out[i] = outcome
         return [scores for scores in out if scores is not None]
+
+    def stream(
+        self, items: Sequence[ScoreItem], wanted: Callable[[int], bool] = lambda _: True
+    ) -> Iterator[tuple[int, Scores | Exception]]:
+        """See `Teacher`. One item's number may differ from what it would be in other company by rounding alone."""
+        cache: Any = None
+        with torch.inference_mode():
+            batches = plan(items, self._budget, share_prefixes=self._share)
+        for batch in batches:
+            members = [i for i in batch.members if wanted(i)]
+            part = batch if len(members) == len(batch.members) else batch.only(members)
+            with torch.inference_mode():  # never across a yield: it belongs to the thread
+                if part is None:
+                    results: list[tuple[int, Scores | Exception]] = []
+                else:
+                    try:
+                        if len(part.prefix) and cache is None:
+                            cache = self._cache_of(part.prefix)
+                        results = list(zip(part.members, self._batch(part, cache, items)))
+                    except Exception as error:  # whatever a model raises; its company may be fine
+                        cache = None
+                        results = self._one_by_one(part, items, error)
+                if not batch.same_prefix_follows:
+                    cache = None
+            yield from results
+
+    def _batch(self, batch: Batch, cache: Any, items: Sequence[ScoreItem]) -> list[Scores | Exception]:
+        out: list[Scores | Exception] = []
+        for i, hidden_RH in zip(batch.members, self._hidden(batch, cache, items)):
+            try:
+                out.append(self._scores(items[i], hidden_RH))
+            except RolloutWalError as error:
+                out.append(error)
+        return out
+
+    def _one_by_one(
+        self, batch: Batch, items: Sequence[ScoreItem], error: Exception
+    ) -> list[tuple[int, Scores | Exception]]:
+        """What failed together, each by itself: less memory, and no company that could be to blame."""
+        if len(batch.members) == 1 and not len(batch.prefix):
+            return [(batch.members[0], error)]
+        out: list[tuple[int, Scores | Exception]] = []
+        for i in batch.members:
+            alone = Batch(batch.prefix[:0], (i,), (items[i].read_ids()[:-1],))
+            try:
+                out.append((i, self._batch(alone, None, items)[0]))
+            except Exception as again:
+                out.append((i, again))
+        return out
 
     def head(self) -> Tensor:
         if self._cap is not None:
@@ -372,6 +430,77 @@ def _load(folder: Path, precision: str) -> Any:
     if precision.startswith("mxfp4"):
         quantize_model_(model)
     return model.requires_grad_(False)
+
+
+def freeze(folder: Path, keep: Path | None) -> Path:
+    """A copy of a model folder that later writes to it do not reach, by the digest of what it is now.
+
+    Args:
+        keep: where copies are kept and found again; None: a temporary folder, gone with the process.
+
+    Raises:
+        BadConfiguration: the folder changes while it is copied, or there is no room for the copy.
+    """
+    if keep is None:
+        temporary = tempfile.mkdtemp(prefix="scoring-frozen-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        keep = Path(temporary)
+    try:
+        digest = checkpoint_digest(folder)
+        names = (digest, tokenizer_digest(folder), chat_template_digest(folder))
+        frozen = keep / "frozen" / "-".join(name[:32] or "none" for name in names)
+        if not frozen.is_dir():
+            frozen.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=frozen.parent))
+            skip = shutil.ignore_patterns("checkpoint-*", "optimizer*", "*.part")
+            shutil.copytree(folder, part, ignore=skip, dirs_exist_ok=True)
+            with contextlib.suppress(OSError):  # another server was faster
+                part.rename(frozen)
+        found = checkpoint_digest(frozen)
+    except OSError as error:
+        found, digest = str(error), "a copy"
+    if found != digest:
+        shutil.rmtree(frozen, ignore_errors=True)
+        raise BadConfiguration(
+            problem(
+                f"{folder} cannot be frozen: {found} is not {digest}",
+                consequence="Nothing was registered",
+                remedy="Freeze it while nobody writes to it, and see that there is room for a copy",
+            )
+        )
+    return frozen
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy what safetensors has mapped: weights that alias a file change when someone writes into it, unnoticed."""
+    seen: dict[object, Tensor] = {}  # tied weights stay tied
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            key = tensor.data_ptr(), tensor.shape, tensor.stride()
+            if key not in seen:
+                seen[key] = tensor.data.clone()
+            tensor.data = seen[key]
+
+
+def loaded_bytes(folder: Path, precision: str) -> int:
+    """Memory that a model folder takes at a precision, from the files' headers alone.
+
+    Weights that are packed on loading count as dense, for they are dense first. A folder that is packed already counts
+    as packed, though loading it has the whole model dense for a moment.
+    """
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, 100 << 20)))
+            for entry in (header[name] for name in header if name != "__metadata__"):
+                begin, end = entry["data_offsets"]
+                dense = entry["dtype"] in ("F64", "F32", "F16", "BF16")
+                total += math.prod(entry["shape"]) * _DTYPES[precision].itemsize if dense else end - begin
+        except (ValueError, KeyError, TypeError):
+            total += path.stat().st_size  # loading it will say what is wrong
+    return total
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -100,7 +100,7 @@ class Teacher(_message.Message):
     hidden_size: int
     resident: bool
     failure: str
-    def __init__(self, provenance: _Optional[_Union[Provenance, _Mapping]] = ..., domains: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[int] = ..., max_context: _Optional[int] = ..., hidden_size: _Optional[int] = ..., resident: bool = ..., failure: _Optional[str] = ...) -> None: ...
+    def __init__(self, provenance: _Optional[_Union[Provenance, _Mapping]] = ..., domains: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[int] = ..., max_context: _Optional[int] = ..., hidden_size: _Optional[int] = ..., resident: _Optional[bool] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class ListTeachersRequest(_message.Message):
     __slots__ = ()
@@ -144,7 +144,7 @@ class Wanted(_message.Message):
     candidates: bool
     entropy: bool
     hidden_states: bool
-    def __init__(self, logprobs: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., hidden_states: bool = ...) -> None: ...
+    def __init__(self, logprobs: _Optional[bool] = ..., top_k: _Optional[int] = ..., candidates: _Optional[bool] = ..., entropy: _Optional[bool] = ..., hidden_states: _Optional[bool] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
     __slots__ = ("teacher", "domain", "span_start", "span_end", "temperature", "wanted", "expected", "tokens_crc32c", "has_teacher_prefix", "deadline_ms")
@@ -168,7 +168,7 @@ class ScoreItem(_message.Message):
     tokens_crc32c: int
     has_teacher_prefix: bool
     deadline_ms: int
-    def __init__(self, teacher: _Optional[str] = ..., domain: _Optional[str] = ..., span_start: _Optional[int] = ..., span_end: _Optional[int] = ..., temperature: _Optional[float] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., expected: _Optional[_Union[Provenance, _Mapping]] = ..., tokens_crc32c: _Optional[int] = ..., has_teacher_prefix: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, teacher: _Optional[str] = ..., domain: _Optional[str] = ..., span_start: _Optional[int] = ..., span_end: _Optional[int] = ..., temperature: _Optional[float] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., expected: _Optional[_Union[Provenance, _Mapping]] = ..., tokens_crc32c: _Optional[int] = ..., has_teacher_prefix: _Optional[bool] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("item_id", "item", "chunks", "last")
@@ -180,7 +180,7 @@ class ScoreRequest(_message.Message):
     item: ScoreItem
     chunks: _containers.RepeatedCompositeFieldContainer[ArrayChunk]
     last: bool
-    def __init__(self, item_id: _Optional[str] = ..., item: _Optional[_Union[ScoreItem, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[ArrayChunk, _Mapping]]] = ..., last: bool = ...) -> None: ...
+    def __init__(self, item_id: _Optional[str] = ..., item: _Optional[_Union[ScoreItem, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[ArrayChunk, _Mapping]]] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class ItemError(_message.Message):
     __slots__ = ("code", "message", "retry_after_seconds")
@@ -210,7 +210,7 @@ class ScoreResult(_message.Message):
     request_key: str
     arrays_crc32c: int
     from_cache: bool
-    def __init__(self, provenance: _Optional[_Union[Provenance, _Mapping]] = ..., tokens_crc32c: _Optional[int] = ..., scored_crc32c: _Optional[int] = ..., span_start: _Optional[int] = ..., span_end: _Optional[int] = ..., request_key: _Optional[str] = ..., arrays_crc32c: _Optional[int] = ..., from_cache: bool = ...) -> None: ...
+    def __init__(self, provenance: _Optional[_Union[Provenance, _Mapping]] = ..., tokens_crc32c: _Optional[int] = ..., scored_crc32c: _Optional[int] = ..., span_start: _Optional[int] = ..., span_end: _Optional[int] = ..., request_key: _Optional[str] = ..., arrays_crc32c: _Optional[int] = ..., from_cache: _Optional[bool] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("item_id", "result", "error", "chunks", "last")
@@ -224,7 +224,7 @@ class ScoreResponse(_message.Message):
     error: ItemError
     chunks: _containers.RepeatedCompositeFieldContainer[ArrayChunk]
     last: bool
-    def __init__(self, item_id: _Optional[str] = ..., result: _Optional[_Union[ScoreResult, _Mapping]] = ..., error: _Optional[_Union[ItemError, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[ArrayChunk, _Mapping]]] = ..., last: bool = ...) -> None: ...
+    def __init__(self, item_id: _Optional[str] = ..., result: _Optional[_Union[ScoreResult, _Mapping]] = ..., error: _Optional[_Union[ItemError, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[ArrayChunk, _Mapping]]] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class GetTeacherHeadRequest(_message.Message):
     __slots__ = ("teacher", "expected")
@@ -235,11 +235,13 @@ class GetTeacherHeadRequest(_message.Message):
     def __init__(self, teacher: _Optional[str] = ..., expected: _Optional[_Union[Provenance, _Mapping]] = ...) -> None: ...
 
 class GetTeacherHeadResponse(_message.Message):
-    __slots__ = ("provenance", "chunks", "last")
+    __slots__ = ("provenance", "chunks", "last", "arrays_crc32c")
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    ARRAYS_CRC32C_FIELD_NUMBER: _ClassVar[int]
     provenance: Provenance
     chunks: _containers.RepeatedCompositeFieldContainer[ArrayChunk]
     last: bool
-    def __init__(self, provenance: _Optional[_Union[Provenance, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[ArrayChunk, _Mapping]]] = ..., last: bool = ...) -> None: ...
+    arrays_crc32c: int
+    def __init__(self, provenance: _Optional[_Union[Provenance, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[ArrayChunk, _Mapping]]] = ..., last: _Optional[bool] = ..., arrays_crc32c: _Optional[int] = ...) -> None: ...
