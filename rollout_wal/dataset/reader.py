@@ -165,6 +165,14 @@ class Dataset:
             key for e in entries for key in read_table(self.folder, e, INDEX_SCHEMA, ["sample"])["sample"].to_pylist()
         }
 
+    def provenance(self, group: str) -> Any:
+        """Who made a column group: an Arrow table with `sample`, `source`, `checkpoint`, `tokenizer_digest`,
+        `chat_template_digest`, `precision`. A sample that was scored again is there again, the last time last."""
+        self._check_group(group)
+        entries = [g.index for g in self.state.group_files if g.group == group]
+        columns = ["sample", "source", "checkpoint", "tokenizer_digest", "chat_template_digest", "precision"]
+        return pa.concat_tables([read_table(self.folder, e, INDEX_SCHEMA, columns) for e in entries])
+
     def places(self, keys: Iterable[str]) -> list[tuple[str, int, str]]:
         """Where live samples are in their metadata files: (fragment id, row in the file, key). Others are left out."""
         wanted = pa.array(list(keys), pa.string())

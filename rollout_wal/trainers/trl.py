@@ -43,7 +43,7 @@ except ImportError as error:
 SUPPORTED: Final = ("1.16",)
 
 
-class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(trl.GRPOTrainer):
     """`trl.GRPOTrainer` whose completions come from a `RolloutBackend`.
 
     Takes what `trl.GRPOTrainer` takes, except `rollout_func`, and
@@ -75,9 +75,10 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
             raise _conflict("rollout_func", "the rollouts come from the backend")
         if kwargs.get("peft_config") is not None:
             raise _conflict("peft_config", "the backend's engine loads whole weights, not adapters")
-        super().__init__(*args, **kwargs)
-        if self.use_vllm:
+        config = kwargs.get("args", args[2] if len(args) > 2 else None)
+        if getattr(config, "use_vllm", False):
             raise _conflict("use_vllm=True", "to sample with vLLM, give the backend an EngineSpec of the vLLM engine")
+        super().__init__(*args, **kwargs)
         self._backend = backend
         self._ledger = TrainerLedger(
             backend,
@@ -142,7 +143,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
             output = rollout.output
             used = output.sampled_T & output.sampling_logprob.valid_T & (rollout.censored is None)
             if self._max_staleness is not None:
-                used = used & (newest - output.version_T.astype(np.int64) <= self._max_staleness)
+                used = used & (newest - output.version_T <= self._max_staleness)
             logprobs = [float(v) if ok else None for v, ok in zip(*_pairs(output.sampling_logprob), strict=True)]
             tokens, versions = output.token_T.tolist(), output.version_T.tolist()
             mask = used.astype(int).tolist()
@@ -160,7 +161,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
 
     def _measure(self, mode: str, rollouts: list[FinishedRollout]) -> None:
         newest = self._backend.policy_version
-        age_T = np.concatenate([newest - r.output.version_T.astype(np.int64) for r in rollouts])
+        age_T = np.concatenate([newest - r.output.version_T[r.output.sampled_T] for r in rollouts])
         metrics = self._metrics[mode]
         metrics["rollouts/interruptions"].append(float(np.mean([r.interruptions for r in rollouts])))
         metrics["rollouts/censored"].append(float(np.mean([r.censored is not None for r in rollouts])))
@@ -239,16 +240,17 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
                     )
                 )
         state: Mapping[str, Any] | None = None
-        if resume_from_checkpoint:
-            state = read_state(Path(resume_from_checkpoint), rank=self.accelerator.process_index)
+        folder = str(resume_from_checkpoint or "")
+        if folder:
+            state = read_state(Path(folder), rank=self.accelerator.process_index)
         self._ledger.restore(state, fork=self._fork)
         self._step = int(state["micro_step"]) if state is not None else 0
         if state is not None and 0 < self.args.max_steps <= state["step"]:
             # transformers would take one more step, and so consume one more batch, each time it is started again.
-            self._load_from_checkpoint(resume_from_checkpoint)
-            self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            self._load_from_checkpoint(folder)
+            self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
             return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint=folder or None, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in TRL. When the checkpoint is durable, what it contains is consumed."""
@@ -298,7 +300,7 @@ class _Weights:
         self._trainer.hand_over_weights()
 
 
-class _Used(TrainerCallback):  # type: ignore[misc]
+class _Used(TrainerCallback):
     """Notes which optimizer step used a generation batch last."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
