@@ -9,7 +9,7 @@ EXTRAS ?= dev
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install system browser demo test test-slow lint format bench clean
+.PHONY: help install system browser demo test test-slow test-vllm test-sglang lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,14 @@ test: $(STAMP) system ## the test suite
 test-slow: $(STAMP) system browser ## the long tests: more kills, more schedules, a browser
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" tests
 
+test-vllm: system ## the tests inside the real vLLM engine, on a CPU; an environment of their own
+	PYTHON=$(PYTHON) sh scripts/install_vllm.sh
+	.venv-vllm/bin/python -m pytest tests_vllm
+
+test-sglang: system ## the tests inside the real SGLang engine, on a CPU; an environment of their own
+	PYTHON=$(PYTHON) sh scripts/install_sglang.sh
+	.venv-sglang/bin/python -m pytest tests_sglang
+
 lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +74,4 @@ bench: $(STAMP) ## every benchmark, quickly; results under out/bench
 	  $(BIN)/python -m benchmarks.$$name --quick --json out/bench/$$name.json || exit 1; done
 
 clean: ## remove the environment and all outputs
-	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-sglang out .mypy_cache .ruff_cache .pytest_cache .hypothesis
