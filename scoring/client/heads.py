@@ -64,6 +64,7 @@ class HeadReader:
         self._assembler: wire.Assembler | None = None
         self._provenance: Provenance | None = None
         self._whole = False
+        self._said_crc32c = 0
 
     def add(self, message: pb.GetTeacherHeadResponse) -> None:
         """Raises BadResult, or ScoreProvenanceMismatch: the head of another checkpoint."""
@@ -76,7 +77,8 @@ class HeadReader:
             self._assembler = wire.Assembler(table, 4 * self._teacher.vocabulary * self._teacher.hidden_size)
         if self._assembler is not None:
             self._assembler.add(message.chunks)
-        self._whole |= message.last
+        if message.last:
+            self._whole, self._said_crc32c = True, message.arrays_crc32c
 
     def head(self) -> TeacherHead:
         """Raises BadResult: cut short, of another shape, or holding what is no number."""
@@ -86,6 +88,8 @@ class HeadReader:
         wrong = None
         if weight is None or not self._whole or self._provenance is None:
             wrong = "it was cut short"
+        elif self._assembler is None or self._assembler.crc32c != self._said_crc32c:
+            wrong = f"its bytes do not have the checksum {self._said_crc32c:#010x} that the server sent"
         elif weight.shape != shape:
             wrong = f"it has shape {list(weight.shape)}, not {list(shape)}"
         elif not _finite(weight):

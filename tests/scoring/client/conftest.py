@@ -7,11 +7,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from rollout_wal.testing.tiny_models import make_tiny_model
 from scoring.residency import Residency
 from scoring.scheduler import Limits, Scheduler
 from scoring.server import ScoringServer, ScoringServicer, ServerOptions, serve
@@ -98,3 +100,18 @@ def front(loop_thread: Any) -> Iterator[Callable[..., str]]:
             return f"127.0.0.1:{port}"
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def kin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Models by seed that share a tokenizer, as a student and its teachers do."""
+    made: dict[int, Path] = {}
+
+    def make(seed: int) -> Path:
+        if seed not in made:
+            folder = tmp_path_factory.mktemp("kin") / str(seed)
+            texts = [f"{i} + {j} = {i + j}, so {i + j} - {j} is {i}." for i in range(40) for j in range(40)]
+            made[seed] = make_tiny_model(folder, seed=seed, max_context=512, mean_length=30, texts=texts)
+        return made[seed]
+
+    return make

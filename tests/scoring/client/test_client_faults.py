@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from crc32c import crc32c
 from transformers import AutoModelForCausalLM
 
 from rollout_wal.dataset import Provenance
@@ -66,8 +67,6 @@ def flip(message: pb.ScoreResponse) -> None:
 
 def unmask(message: pb.ScoreResponse) -> None:
     """A mask that hides a token, with a checksum that fits it."""
-    from crc32c import crc32c
-
     checksum = 0
     for chunk in message.chunks:
         if chunk.kind == pb.ARRAY_KIND_VALID:
@@ -362,17 +361,24 @@ def test_a_head_is_fetched_once_checked_and_kept(
     assert calls == 2, "what is damaged on disk is fetched again"
 
 
-@pytest.mark.parametrize(("harm", "says"), [("nan", "NaN"), ("cut", "cut short"), ("shape", "shape")])
+@pytest.mark.parametrize(
+    ("harm", "says"), [("nan", "NaN"), ("cut", "cut short"), ("shape", "shape"), ("flip", "checksum")]
+)
 def test_a_harmed_head_is_refused(host: Any, front: Any, source: HfTeacherSource, harm: str, says: str) -> None:
     behind = host([source])
     real = type(behind.server._servicer).GetTeacherHead
 
     async def harmed(self: Any, request: Any, context: Any) -> Any:
+        checksum = 0
         async for message in real(self, request, context):
             if harm == "cut":
                 message.last = False
-            if message.chunks and harm == "nan":
-                message.chunks[0].data = np.float32("nan").tobytes() + message.chunks[0].data[4:]
+            for chunk in message.chunks:
+                if harm in ("nan", "flip") and chunk.byte_offset == 0:
+                    chunk.data = np.float32("nan" if harm == "nan" else 0.5).tobytes() + chunk.data[4:]
+                checksum = crc32c(chunk.data, checksum)
+            if message.last and harm != "flip":
+                message.arrays_crc32c = checksum
             if message.chunks and harm == "shape":
                 message.chunks[0].shape[:] = message.chunks[0].shape[::-1]
             yield message
