@@ -21,18 +21,24 @@ HEAD_SLACK_BYTES = 64
 
 _PREFIX_BYTES = 8
 _ALIGN = 8
+#: The length that stands before each compressed buffer.
+_RAW_BYTES = 8
 #: Up to here a copy costs less than setting up a stream.
 _SMALL_BYTES = 64 * 1024
+#: How a frame begins that holds so many bytes in one stored block (RFC 8878): magic, "one segment, size in a byte", the
+#: size, and a block that is the last, stored, and of that size. Most buffers are an offset or two: they look like this,
+#: and a call into zstd for each would take as long as all of the decompression.
+_STORED = [b"\x28\xb5\x2f\xfd\x20" + bytes([size]) + (size << 3 | 1).to_bytes(3, "little") for size in range(256)]
+_STORED_BYTES = 9
 # Fields of the flatbuffer tables, by their number in Arrow's Message.fbs.
 _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 2, 3
 _BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
 _int64 = struct.Struct("<q")
 _uint32 = struct.Struct("<I")
 _uint16 = struct.Struct("<H")
-_two_int64 = struct.Struct("<qq")
 
 
-def inflate(message: bytearray, into: memoryview, decompressor: zstandard.ZstdDecompressor) -> None:
+def inflate(message: bytearray | memoryview, into: memoryview, decompressor: zstandard.ZstdDecompressor) -> None:
     """Write the uncompressed message to the beginning of `into`.
 
     Args:
@@ -45,12 +51,12 @@ def inflate(message: bytearray, into: memoryview, decompressor: zstandard.ZstdDe
         zstandard.ZstdError: damaged.
     """
     try:
-        _inflate(message, into, decompressor)
+        _inflate(memoryview(message), into, decompressor)
     except struct.error as error:
         raise ValueError(f"not a compressed record batch: {error}") from error
 
 
-def _inflate(message: bytearray, into: memoryview, decompressor: zstandard.ZstdDecompressor) -> None:
+def _inflate(message: memoryview, into: memoryview, decompressor: zstandard.ZstdDecompressor) -> None:
     head_bytes = _uint32.unpack_from(message, 4)[0]
     body = _PREFIX_BYTES + head_bytes
     table = _PREFIX_BYTES + _uint32.unpack_from(message, _PREFIX_BYTES)[0]
@@ -63,37 +69,54 @@ def _inflate(message: bytearray, into: memoryview, decompressor: zstandard.ZstdD
     if not _field(message, batch, _BATCH_COMPRESSION):
         raise ValueError("not compressed")
     buffers += _uint32.unpack_from(message, buffers)[0]
-    source = memoryview(message)
-    at = 0
-    for number in range(_uint32.unpack_from(message, buffers)[0]):
-        entry = buffers + 4 + number * _two_int64.size
-        offset, size = _two_int64.unpack_from(message, entry)
+    count = _uint32.unpack_from(message, buffers)[0]
+    if count * 16 > head_bytes:
+        raise ValueError(f"{count} buffers do not fit into a head of {head_bytes} bytes")
+    # Offset and size of each buffer, one after the other: there and, as they are replaced, here.
+    entries = struct.Struct(f"<{2 * count}q")
+    extents = list(entries.unpack_from(message, buffers + 4))
+    stop = len(message)
+    room = len(into)
+    at = body
+    for number in range(0, 2 * count, 2):
+        size = extents[number + 1]
         if size:
-            start = body + offset
+            start = body + extents[number]
             raw = _int64.unpack_from(message, start)[0]
-            packed = source[start + _int64.size : start + size]
-            raw = len(packed) if raw == -1 else raw
-            target = into[body + at : body + at + raw]
-            if len(target) != raw or len(packed) != size - _int64.size:
+            as_it_is = raw == -1
+            if as_it_is:
+                raw = size - _RAW_BYTES
+            if size < _RAW_BYTES or start + size > stop or raw < 0 or at + raw > room:
                 raise ValueError("a buffer reaches beyond its end")
-            if raw == len(packed) and _int64.unpack_from(message, start)[0] == -1:
-                target[:] = packed
+            packed = message[start + _RAW_BYTES : start + size]
+            if as_it_is:
+                into[at : at + raw] = packed
+            elif raw < len(_STORED) and packed[:_STORED_BYTES] == _STORED[raw] and len(packed) == raw + _STORED_BYTES:
+                into[at : at + raw] = packed[_STORED_BYTES:]
+            elif raw > _SMALL_BYTES:
+                _stream(packed, into[at : at + raw], decompressor)
             else:
-                _decompress(packed, target, decompressor)
+                _decompress(packed, into[at : at + raw], decompressor)
             size = raw
-        _two_int64.pack_into(message, entry, at, size)
+        extents[number] = at - body
+        extents[number + 1] = size
         at += -(-size // _ALIGN) * _ALIGN
-    _int64.pack_into(message, body_length, at)
+    entries.pack_into(message, buffers + 4, *extents)
+    _int64.pack_into(message, body_length, at - body)
     _uint16.pack_into(message, _slot(message, batch, _BATCH_COMPRESSION), 0)
-    into[:body] = source[:body]
+    into[:body] = message[:body]
 
 
 def _decompress(packed: memoryview, target: memoryview, decompressor: zstandard.ZstdDecompressor) -> None:
-    """One frame into place."""
-    if len(target) <= _SMALL_BYTES:
-        target[:] = decompressor.decompress(packed, max_output_size=len(target))
-        return
-    # With all of the frame at hand and room for all of it, zstd needs no buffer of its own.
+    """A small frame: zstandard allocates what it returns."""
+    # What it allocates is what the frame says of itself.
+    if zstandard.frame_content_size(packed) != len(target):
+        raise ValueError(f"a frame holds another number of bytes than the {len(target)} that are stated")
+    target[:] = decompressor.decompress(packed)
+
+
+def _stream(packed: memoryview, target: memoryview, decompressor: zstandard.ZstdDecompressor) -> None:
+    """A frame straight into place. With all of it at hand and room for all of it, zstd needs no buffer of its own."""
     with decompressor.stream_reader(packed) as reader:
         done = 0
         while done < len(target):
@@ -103,14 +126,14 @@ def _decompress(packed: memoryview, target: memoryview, decompressor: zstandard.
             done += count
 
 
-def _slot(message: bytearray, table: int, field: int) -> int:
+def _slot(message: memoryview, table: int, field: int) -> int:
     """Where a table's vtable keeps the offset of a field; 0 if the vtable is too short to have one."""
     vtable = table - struct.unpack_from("<i", message, table)[0]
     slot = 4 + 2 * field
     return int(vtable + slot) if slot < _uint16.unpack_from(message, vtable)[0] else 0
 
 
-def _field(message: bytearray, table: int, field: int) -> int:
+def _field(message: memoryview, table: int, field: int) -> int:
     """Where a field of a table is; 0 if it is not there."""
     slot = _slot(message, table, field)
     offset = _uint16.unpack_from(message, slot)[0] if slot else 0

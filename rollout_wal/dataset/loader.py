@@ -11,130 +11,28 @@ nothing that is still in use is ever overwritten. Writing into an array changes 
 
 from __future__ import annotations
 
-import mmap
-import os
 import socket
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import msgpack
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from .errors import LoaderError, problem
-from .payload import read_block
+from .lease import Lease
+from .minibatch import LoadedSample, MiniBatch
 from .reader_config import ReaderConfig
-from .rows import PayloadRow
 from .schema import TOKENS
 from .wire import PROTOCOL, connect, receive, send
 
+__all__ = ["LoadedSample", "Loader", "MiniBatch"]
+
 _RETRY_S = 0.02
-
-
-class LoadedSample:
-    """One sample of a step: where the plan put it, and its columns by group."""
-
-    __slots__ = ("_batch", "_index", "bin", "length", "row", "start")
-
-    def __init__(self, batch: MiniBatch, index: int) -> None:
-        self._batch = batch
-        self._index = index
-        self.row = int(batch.rows[index])
-        self.bin = int(batch.bins[index])
-        self.start = int(batch.starts[index])
-        self.length = int(batch.lengths[index])
-
-    @property
-    def tokens(self) -> PayloadRow:
-        """The columns that every sample has."""
-        found = self.group(TOKENS)
-        if found is None:
-            raise LoaderError(
-                problem(
-                    f"the column group {TOKENS!r} was not loaded",
-                    consequence="There are no tokens to show",
-                    remedy=f"Name {TOKENS!r} among the loader's groups",
-                )
-            )
-        return found
-
-    def group(self, name: str) -> PayloadRow | None:
-        """The columns of a group, zero-copy; None if the sample has none of it or it was not loaded."""
-        return self._batch.payload(self._index, name)
-
-
-class MiniBatch:
-    """What one rank trains on in one step. `rows`, `bins`, `starts`, `lengths` are parallel to `samples`.
-
-    `nbytes` is what the step takes in shared memory, for all ranks of the node together.
-    """
-
-    def __init__(
-        self, step: int, memory_B: NDArray[np.uint8], directory_offset: int, data_rank: int, schemas: dict[str, Any]
-    ) -> None:
-        self.step = step
-        self.nbytes = len(memory_B)
-        self._memory_B: NDArray[np.uint8] | None = memory_B
-        self._schemas = schemas
-        self._blocks: dict[tuple[str, int], Any] = {}
-        directory = msgpack.unpackb(memory_B[directory_offset:].tobytes())
-        mine = np.flatnonzero(np.frombuffer(directory["rank"], dtype=np.int32) == data_rank)
-        self.rows = np.frombuffer(directory["row"], dtype=np.int64)[mine]
-        self.bins, self.starts, self.lengths = (
-            np.frombuffer(directory[name], dtype=np.int32)[mine] for name in ("bin", "start", "length")
-        )
-        self._places = {
-            name: (
-                np.frombuffer(entry["offset"], dtype=np.int64)[mine],
-                np.frombuffer(entry["bytes"], dtype=np.int64)[mine],
-                np.frombuffer(entry["row"], dtype=np.int32)[mine],
-            )
-            for name, entry in directory["groups"].items()
-        }
-
-    @property
-    def samples(self) -> list[LoadedSample]:
-        """This rank's samples, packed row by packed row."""
-        return [LoadedSample(self, index) for index in range(len(self.rows))]
-
-    def release(self) -> None:
-        """Let go of the step, but for arrays of it that are still in use."""
-        self._memory_B = None
-        self._blocks.clear()
-
-    def payload(self, index: int, group: str) -> PayloadRow | None:
-        """The columns of one group of the sample at `index`, zero-copy; None if there are none.
-
-        Raises:
-            LoaderError: the step was released.
-        """
-        if self._memory_B is None:
-            raise LoaderError(
-                problem(
-                    f"step {self.step} was released",
-                    consequence="Its memory may hold another step by now",
-                    remedy="Take the arrays that are needed longer before the next step is asked for",
-                )
-            )
-        if group not in self._places:
-            return None
-        offsets, sizes, rows = self._places[group]
-        at = int(offsets[index])
-        if at < 0:
-            return None
-        block = self._blocks.get((group, at))
-        if block is None:
-            message = pa.py_buffer(self._memory_B[at : at + int(sizes[index])])
-            block = self._blocks[group, at] = read_block(message, self._schemas[group])
-        return PayloadRow(block, int(rows[index]), self._memory_B)
 
 
 class Loader:
@@ -152,6 +50,8 @@ class Loader:
         start_step: the job's step counter.
         memory_bytes_max: shared memory of the node, at most. When it is full, loading waits until ranks let go.
         prefetch_max: steps that are read ahead, at most; how many are follows what the ranks need.
+        reader_processes: that read and decompress, the reader itself among them; None: one for each processor that it
+            may use, up to 4.
         on_reader_death: "error", or "restart": start another and go on with the next step.
         on_rank_death: "carry_on", or "stop": an error for all ranks of the node when one dies.
         timeout_s: how long to wait for a step.
@@ -177,6 +77,7 @@ class Loader:
         start_step: int = 0,
         memory_bytes_max: int = 1 << 30,
         prefetch_max: int = 8,
+        reader_processes: int | None = None,
         on_reader_death: Literal["error", "restart"] = "error",
         on_rank_death: Literal["carry_on", "stop"] = "carry_on",
         timeout_s: float = 300.0,
@@ -197,6 +98,7 @@ class Loader:
             data_ranks=tuple(range(local_ranks)) if data_ranks is None else tuple(data_ranks),
             memory_bytes_max=memory_bytes_max,
             prefetch_max=prefetch_max,
+            processes=0 if reader_processes is None else max(1, reader_processes),
             stop_on_rank_death=on_rank_death == "stop",
             start_timeout_s=start_timeout_s,
         )
@@ -208,7 +110,7 @@ class Loader:
                     remedy="Pass the data ranks of all local ranks as data_ranks, the same for each",
                 )
             )
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self.reader_pid = 0
         self.steps = 0
         self._connect()
@@ -285,7 +187,7 @@ class Loader:
         if message["kind"] == "error" or fd is None:
             sock.close()
             raise LoaderError(message.get("message", "the reader sent no memory"))
-        self._lease = _Lease(sock, fd)
+        self._lease = Lease(sock, fd)
         self.reader_pid, self.steps = message["pid"], message["steps"]
         self._schemas = {name: pa.ipc.read_schema(pa.py_buffer(schema)) for name, schema in message["schemas"].items()}
         return True
@@ -354,46 +256,6 @@ class Loader:
             send(self._lease.sock, {"kind": "take", "step": step, "waited_s": waited_s})
         self._step = step + 1
         return MiniBatch(step, memory_B, message["directory_offset"], self._data_rank, self._schemas)
-
-
-class _Lease:
-    """A connection to a reader and the steps that are held through it; closed when both are done with."""
-
-    def __init__(self, sock: socket.socket, fd: int) -> None:
-        self.sock = sock
-        self.held: set[int] = set()
-        self._fd = fd
-        self._leaving = False
-
-    def map(self, step: int, offset: int, size: int) -> NDArray[np.uint8]:
-        """Map a step's extent. It is let go of when the array, and with it the last view of it, is collected."""
-        # A mapping of its own for each step, so that a page this rank wrote to is never mistaken for the next step's.
-        mapped = mmap.mmap(self._fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-        memory_B: NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
-        self.held.add(step)
-        # numpy gives every view the array that owns the mapping as its base, so this one dies last.
-        weakref.finalize(memory_B, self._let_go, step)
-        return memory_B
-
-    def leave(self) -> None:
-        """Take no more steps; close when nothing is held."""
-        self._leaving = True
-        with suppress(OSError):  # the reader may have gone first
-            send(self.sock, {"kind": "bye"})
-        self._close_if_done()
-
-    def _let_go(self, step: int) -> None:
-        self.held.discard(step)
-        with suppress(OSError):  # the reader may have gone first: then it holds nothing for anybody
-            send(self.sock, {"kind": "release", "step": step})
-        self._close_if_done()
-
-    def _close_if_done(self) -> None:
-        if self._leaving and not self.held:
-            self.sock.close()
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
 
 
 def _last_words(sock: socket.socket) -> tuple[dict[str, Any], int | None] | None:

@@ -5,8 +5,8 @@ rank is connected. It owns the memory; ranks own their place in the plan. That m
 is gone holds nothing any more, and a rank whose reader is gone starts another and says where it was.
 
 A step is loaded when a rank will need it soon, sent to every rank that has not had it, and freed when the last of those
-has let go. Loading stays `depth` steps ahead of the slowest rank, and waits when the memory is full: that is the
-back-pressure. The depth grows when a rank had to wait and shrinks when for a long time none did.
+has let go. Loading stays a few steps ahead of the slowest rank (`prefetch`), and waits when the memory is full: that is
+the back-pressure.
 """
 
 from __future__ import annotations
@@ -20,22 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from .arena import Arena
 from .errors import DatasetError, LoaderError, problem
-from .fetch import Fetcher, StepLayout
-from .plan import Plan
-from .reader import open_dataset
+from .prefetch import PrefetchDepth
 from .reader_config import ReaderConfig
+from .step_memory import StepMemory
 from .wire import PROTOCOL, listen, receive, same_user, send
 
 #: How long to sleep when there is nothing to do and no message comes.
 _IDLE_S = 0.25
-#: Takes without a wait after which one step less is read ahead.
-_CALM_TAKES = 64
-_WAIT_S_MIN = 0.001
 
 
 @dataclass(slots=True, eq=False)
@@ -53,15 +45,6 @@ class _Rank:
         return self.local_rank >= 0
 
 
-@dataclass(slots=True)
-class _Loaded:
-    """A step in memory, and the ranks that hold it."""
-
-    offset: int
-    layout: StepLayout
-    holders: set[_Rank]
-
-
 class NodeReader:
     """The event loop. One thread; while it reads, messages wait in the sockets.
 
@@ -75,28 +58,11 @@ class NodeReader:
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._plan = Plan.read(config.plan)
-        dataset = open_dataset(config.dataset, version=self._plan.version)
-        if dataset.state.dataset != self._plan.identity["dataset"]:
-            raise LoaderError(
-                problem(
-                    f"the plan {config.plan} is for dataset {self._plan.identity['dataset']!r}; {config.dataset} is "
-                    f"{dataset.state.dataset!r}",
-                    consequence="Its row numbers would name other samples, so nothing was loaded",
-                    remedy="Plan again over this dataset",
-                )
-            )
-        self._schemas = {name: bytes(dataset.schema(name).serialize()) for name in config.groups}
-        self._fetcher = Fetcher(dataset, config.groups, need_all=config.need_all)
-        self._arena = Arena(config.memory_bytes_max)
+        self._memory = StepMemory(config)
         self._ranks: dict[socket.socket, _Rank] = {}
-        self._loaded: dict[int, _Loaded] = {}
-        self._waiting: tuple[int, StepLayout] | None = None
         self._started = False
         self._last_join = time.monotonic()
-        self._depth = min(2, config.prefetch_max)
-        self._calm_takes = 0
-        self._pages_to_give_back = False
+        self._depth = PrefetchDepth(config.prefetch_max)
 
     def run(self) -> None:
         """Serve until every rank has gone, or something cannot be loaded: then every rank is told."""
@@ -109,10 +75,8 @@ class NodeReader:
                         self._accept()
                     else:
                         self._read(key.fileobj)  # type: ignore[arg-type]
-                # Only after a while without work: pages that are used again cost a tenth of fresh ones.
-                if not events and not loaded and not self._loaded and self._pages_to_give_back:
-                    self._arena.give_back()
-                    self._pages_to_give_back = False
+                if not events and not loaded:
+                    self._memory.give_back()
         except DatasetError as error:
             self._tell_all(str(error))
             raise
@@ -159,16 +123,14 @@ class NodeReader:
             self._hello(rank, message)
         elif kind == "take":
             rank.taken = int(message["step"]) + 1
-            self._adapt(float(message["waited_s"]))
+            self._depth.taken(float(message["waited_s"]))
         elif kind == "release":
-            loaded = self._loaded.get(int(message["step"]))
-            if loaded is not None:
-                loaded.holders.discard(rank)
-                self._free_what_nobody_needs()
+            self._memory.let_go(rank, int(message["step"]))
+            self._free_what_nobody_needs()
         elif kind == "bye":
             # It needs nothing more, but may hold arrays still: it is dropped when it closes the connection.
             rank.leaving = True
-            rank.sent = rank.taken = self._plan.steps + 1
+            rank.sent = rank.taken = self._memory.steps + 1
             self._free_what_nobody_needs()
 
     def _hello(self, rank: _Rank, message: Mapping[str, Any]) -> None:
@@ -193,18 +155,8 @@ class NodeReader:
         rank.sent = rank.taken = int(message["start_step"])
         rank.local_rank = int(message["local_rank"])
         self._last_join = time.monotonic()
-        welcome = {"kind": "welcome", "pid": os.getpid(), "steps": self._plan.steps, "schemas": self._schemas}
-        send(rank.sock, welcome, self._arena.fd_for_ranks)
-
-    def _adapt(self, waited_s: float) -> None:
-        if waited_s > _WAIT_S_MIN:
-            self._depth = min(self._depth + 1, self._config.prefetch_max)
-            self._calm_takes = 0
-        else:
-            self._calm_takes += 1
-            if self._calm_takes >= _CALM_TAKES:
-                self._depth = max(self._depth - 1, 1)
-                self._calm_takes = 0
+        welcome = {"kind": "welcome", "pid": os.getpid(), "steps": self._memory.steps, "schemas": self._memory.schemas}
+        send(rank.sock, welcome, self._memory.fd_for_ranks)
 
     # --- ranks that go ---
 
@@ -212,8 +164,7 @@ class NodeReader:
         self._selector.unregister(rank.sock)
         rank.sock.close()
         del self._ranks[rank.sock]
-        for loaded in self._loaded.values():
-            loaded.holders.discard(rank)
+        self._memory.let_go(rank)
         self._free_what_nobody_needs()
 
     def _lost(self, rank: _Rank) -> None:
@@ -250,66 +201,27 @@ class NodeReader:
         """Load the next step that a rank will need, if there is room; whether one was loaded."""
         ranks = self._joined() if self._started else []
         first = min((rank.taken for rank in ranks), default=0)
-        for step in range(first, min(first + self._depth, self._plan.steps)):
-            if step not in self._loaded and any(rank.sent <= step for rank in ranks):
-                if not self._load(step):
-                    return False
+        loaded = False
+        for step in range(first, min(first + self._depth.value, self._memory.steps)):
+            if step not in self._memory and any(rank.sent <= step for rank in ranks):
+                loaded = self._memory.load(step)
                 break
-        else:
-            self._send_what_is_due(ranks)
-            return False
         self._send_what_is_due(ranks)
-        return True
-
-    def _load(self, step: int) -> bool:
-        if self._waiting is None or self._waiting[0] != step:
-            rows = self._plan.step(step)
-            mine = np.isin(rows["rank"].to_numpy(), self._config.data_ranks)
-            self._waiting = step, self._fetcher.layout(rows.filter(pa.array(mine)))
-        layout = self._waiting[1]
-        if Arena.rounded(layout.size) > self._arena.bytes_max:
-            raise LoaderError(
-                problem(
-                    f"step {step} takes {layout.size} bytes of shared memory; the loader may use "
-                    f"{self._arena.bytes_max}",
-                    consequence="It was not loaded",
-                    remedy="Raise memory_bytes_max, plan smaller steps, or load fewer column groups",
-                )
-            )
-        offset = self._arena.allocate(layout.size)
-        if offset is None:
-            return False  # until a rank lets go of something
-        self._fetcher.fill(layout, self._arena.memory_B[offset : offset + layout.size])
-        self._loaded[step] = _Loaded(offset, layout, set())
-        self._waiting = None
-        self._pages_to_give_back = True
-        return True
+        return loaded
 
     def _send_what_is_due(self, ranks: list[_Rank]) -> None:
         for rank in ranks:
-            while rank.sent in self._loaded:
-                loaded = self._loaded[rank.sent]
-                layout = loaded.layout
-                loaded.holders.add(rank)
-                message = {
-                    "kind": "step",
-                    "step": rank.sent,
-                    "offset": loaded.offset,
-                    "bytes": layout.size,
-                    "directory_offset": layout.directory_offset,
-                }
-                if not self._tell(rank, message):
+            while rank.sent in self._memory:
+                place = self._memory.hold(rank.sent, rank)
+                if not self._tell(rank, {"kind": "step", "step": rank.sent, **place}):
                     break
                 rank.sent += 1
-            if rank.sent == self._plan.steps and self._tell(rank, {"kind": "end"}):
+            if rank.sent == self._memory.steps and self._tell(rank, {"kind": "end"}):
                 rank.sent += 1
 
     def _free_what_nobody_needs(self) -> None:
         ranks = self._joined()
-        for step, loaded in list(self._loaded.items()):
-            if not loaded.holders and all(rank.sent > step for rank in ranks):
-                self._arena.deallocate(loaded.offset, loaded.layout.size)
-                del self._loaded[step]
+        self._memory.free(lambda step: any(rank.sent <= step for rank in ranks))
 
 
 class LoaderStopped(LoaderError):

@@ -48,10 +48,11 @@ class Plan:
         self.table = table.combine_chunks()
         self.identity = identity
         self.report = report
-        self._step = self._column("step")
+        self._step = self.column("step")
         self.steps = int(self._step[-1]) + 1 if len(self._step) else 0
 
-    def _column(self, name: str) -> NDArray[Any]:
+    def column(self, name: str) -> NDArray[Any]:
+        """A numeric column of the table, without a copy: int32 [rows], `row` int64."""
         column = self.table[name]
         return np.asarray(column.chunk(0).to_numpy()) if column.num_chunks else np.zeros(0, dtype=np.int32)
 
@@ -78,7 +79,8 @@ class Plan:
                     remedy="Count steps from 0, and plan the next epoch when this one is through",
                 )
             )
-        start, stop = np.searchsorted(self._step, [step, step + 1])
+        # Of the column's own dtype: a search for wider integers would copy all of it.
+        start, stop = np.searchsorted(self._step, np.array([step, step + 1], dtype=np.int32))
         rows = self.table.slice(start, stop - start)
         return rows if rank is None else rows.filter(pa.compute.field("rank") == rank)
 
@@ -115,7 +117,7 @@ class Plan:
                     remedy=f"Choose a number of ranks that divides {per_step}",
                 )
             )
-        place = self._column("rank") * spec["bins_per_rank"] + self._column("bin")
+        place = self.column("rank") * spec["bins_per_rank"] + self.column("bin")
         rank, bin_number = place // bins_per_rank, place % bins_per_rank
         table = self.table
         for name, values in (("rank", rank), ("bin", bin_number)):

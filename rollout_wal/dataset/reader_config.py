@@ -20,6 +20,7 @@ class ReaderConfig:
         data_ranks: the plan's ranks whose samples are loaded: those of this node.
         memory_bytes_max: shared memory, at most.
         prefetch_max: steps read ahead, at most.
+        processes: that read and decompress; 0: as many as there are processors for the reader, up to 4.
         stop_on_rank_death: the other ranks get an error when one dies; else they carry on.
         start_timeout_s: how long to wait for all ranks to connect, counted from the last that did.
     """
@@ -33,6 +34,7 @@ class ReaderConfig:
     data_ranks: tuple[int, ...]
     memory_bytes_max: int
     prefetch_max: int
+    processes: int
     stop_on_rank_death: bool
     start_timeout_s: float
 
