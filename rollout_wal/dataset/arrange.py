@@ -43,6 +43,7 @@ def arrange(
     ranks: int,
     bins_per_rank: int,
     may_spread: bool,
+    whole_steps: bool = False,
 ) -> Arrangement:
     """Group bins of like fill into steps, in random order, and deal each step's bins out to the ranks.
 
@@ -55,6 +56,7 @@ def arrange(
         chance_M: a random number for each bin.
         capacity: of a bin; bins above it (a sample longer than the budget) stay by themselves.
         may_spread: False: no bin is taken apart.
+        whole_steps: bins are numbered step by step already, and stay in their step.
     """
     per_step = ranks * bins_per_rank
     bins = len(chance_M)
@@ -63,7 +65,9 @@ def arrange(
     blocks = [_padded(oversize[np.argsort(-tokens_M[oversize], kind="stable")], per_step)]
     fitting = np.flatnonzero(tokens_M <= capacity)
 
-    if may_spread:
+    if whole_steps:
+        blocks = [np.arange(bins, dtype=np.int64).reshape(-1, per_step)]
+    elif may_spread:
         even, spread = _even_out(lengths_N, bin_N, tokens_M, chance_M, fitting, capacity, ranks, per_step)
         blocks += [even, spread.blocks_SW]
         bin_N, tokens_M, bins = spread.bin_N, spread.tokens_M, len(spread.tokens_M)

@@ -21,6 +21,7 @@ from .freshness import Freshness, removed_by_length
 from .packing import best_fit_decreasing
 from .plan import PLAN_SCHEMA, Plan
 from .reader import Dataset
+from .whole_groups import pack_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,9 @@ class PlanSpec:
         by_teacher: pack only samples with the same teachers together and order a rank's rows by teacher, so that
             each teacher's head is needed once per step. Without teachers it changes nothing.
         packing: "best_fit" or "none" (one sample per row).
+        whole_groups: keep the samples of a group (metadata column `group`) in one step, so that a group's baseline and
+            its gradient belong to the same update. Rows may then mix teachers. What was filtered out, stale or too long
+            is left out of its group; the rest stays together.
     """
 
     token_budget: int
@@ -56,10 +60,19 @@ class PlanSpec:
     too_long: Literal["error", "skip", "own_batch"] = "error"
     by_teacher: bool = True
     packing: Literal["best_fit", "none"] = "best_fit"
+    whole_groups: bool = False
 
     def __post_init__(self) -> None:
         counts_ok = min(self.token_budget, self.ranks, self.bins_per_rank) >= 1 and min(self.seed, self.epoch) >= 0
         names_ok = self.too_long in ("error", "skip", "own_batch") and self.packing in ("best_fit", "none")
+        if self.whole_groups and (self.packing == "none" or self.too_long == "own_batch"):
+            raise DatasetError(
+                problem(
+                    f"whole_groups does not go with packing={self.packing!r} and too_long={self.too_long!r}",
+                    consequence="Nothing was planned",
+                    remedy="Use packing='best_fit', and too_long='error' or 'skip'",
+                )
+            )
         if not counts_ok or not names_ok:
             raise DatasetError(
                 problem(
@@ -76,6 +89,8 @@ class PlanSpec:
         names = ["sample", "prompt_length", "response_length", "teachers", "censored", *self.filter_columns]
         if self.freshness is not None:
             names += self.freshness.columns
+        if self.whole_groups:
+            names.append("group")
         return list(dict.fromkeys(names))
 
     def describe(self) -> dict[str, Any]:
@@ -100,6 +115,7 @@ class PlanSpec:
             "too_long": self.too_long,
             "by_teacher": self.by_teacher,
             "packing": self.packing,
+            "whole_groups": self.whole_groups,
         }
 
 
@@ -162,9 +178,13 @@ def plan_table(metadata: Any, spec: PlanSpec, identity: dict[str, Any]) -> Plan:
     report.planned, report.tokens = len(rows_N), int(lengths_N.sum())
 
     names, key_N = _teacher_keys(metadata["teachers"], rows_N)
-    class_N = key_N if spec.by_teacher else np.zeros_like(key_N)
-    bin_N = _pack(lengths_N, class_N, spec)
-    bins = int(bin_N.max(initial=-1)) + 1
+    if spec.whole_groups:
+        per_step = spec.ranks * spec.bins_per_rank
+        bin_N = pack_groups(lengths_N, _groups(metadata["group"], rows_N), per_step, spec.token_budget)
+        bins = -(-(int(bin_N.max(initial=-1)) + 1) // per_step) * per_step
+    else:
+        bin_N = _pack(lengths_N, key_N if spec.by_teacher else np.zeros_like(key_N), spec)
+        bins = int(bin_N.max(initial=-1)) + 1
     report.own_batch = int(np.count_nonzero(lengths_N > spec.token_budget))
     placed = arrange(
         lengths_N,
@@ -175,6 +195,7 @@ def plan_table(metadata: Any, spec: PlanSpec, identity: dict[str, Any]) -> Plan:
         ranks=spec.ranks,
         bins_per_rank=spec.bins_per_rank,
         may_spread=spec.packing == "best_fit",
+        whole_steps=spec.whole_groups,
     )
     report.steps = placed.steps
     table, oversize_steps = _table(metadata, rows_N, lengths_N, key_N, names, placed.bin_N, spec)
@@ -258,6 +279,16 @@ def _teacher_keys(teachers: Any, rows_N: NDArray[np.int64]) -> tuple[list[str], 
     renumber = np.zeros(max(len(names), 1), dtype=np.int32)
     renumber[[names[n] for n in ordered]] = np.arange(len(ordered))
     return ordered, renumber[np.concatenate(parts)[rows_N]]
+
+
+def _groups(group: Any, rows_N: NDArray[np.int64]) -> NDArray[np.int32]:
+    """int32 [N]: the number of each planned row's group; one without a name is a group of its own."""
+    codes = group.combine_chunks().dictionary_encode()
+    names, code_N = codes.dictionary.to_pylist(), np.asarray(codes.indices.to_numpy(), dtype=np.int32)[rows_N]
+    if "" in names:
+        alone = np.flatnonzero(code_N == names.index(""))
+        code_N[alone] = len(names) + np.arange(len(alone), dtype=np.int32)
+    return code_N
 
 
 def _pack(lengths_N: NDArray[np.int64], class_N: NDArray[np.int32], spec: PlanSpec) -> NDArray[np.int32]:

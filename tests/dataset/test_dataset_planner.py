@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rollout_wal.dataset import DatasetWriter, Freshness, Plan, PlanSpec, fresh_
 from rollout_wal.dataset.errors import DatasetDamaged, DatasetError
 from rollout_wal.dataset.packing import best_fit_decreasing
 from rollout_wal.dataset.planner import plan_table
+from rollout_wal.dataset.whole_groups import pack_groups
 
 IDENTITY = {"dataset": "d", "version": 1}
 
@@ -194,6 +196,53 @@ def test_samples_longer_than_the_budget() -> None:
         mates = own.step(row["step"], row["rank"])
         assert mates.num_rows == 1
         assert min(own.step(row["step"])["length"].to_pylist()) > 1_000
+
+
+@pytest.mark.parametrize(("ranks", "bins_per_rank"), [(1, 8), (8, 2), (16, 1)])
+def test_a_group_is_never_split_across_steps(ranks: int, bins_per_rank: int) -> None:
+    budget, size = 16_384, 8
+    lengths = lognormal(12_000, budget, median=1_500)
+    groups = pa.array([f"prompt/{i // size}" for i in range(len(lengths))])
+    spec = PlanSpec(token_budget=budget, ranks=ranks, bins_per_rank=bins_per_rank, seed=7, whole_groups=True)
+    made = plan_table(metadata(lengths, group=groups), spec, IDENTITY)
+    check_plan(made.table, lengths, spec)
+    assert made.table.num_rows == len(lengths)
+    step, row = made.table["step"].to_numpy(), made.table["row"].to_numpy()
+    assert len(np.unique(step * len(lengths) + row // size)) == len(lengths) // size
+    assert made.report is not None
+    assert made.report.packing_fill >= 0.95
+    assert made.report.rank_imbalance <= 1.05
+    without = plan_table(metadata(lengths, group=groups), replace(spec, whole_groups=False), IDENTITY)
+    step, row = without.table["step"].to_numpy(), without.table["row"].to_numpy()
+    assert len(np.unique(step * len(lengths) + row // size)) > len(lengths) // size, "it needs the option"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=6), max_size=30), st.integers(1, 5))
+def test_any_groups_stay_whole_or_are_refused(groups: list[list[int]], bins: int) -> None:
+    lengths = np.array([n for group in groups for n in group], dtype=np.int64)
+    group_N = np.repeat(np.arange(len(groups)), [len(g) for g in groups]).astype(np.int32)
+    try:
+        bin_N = pack_groups(lengths, group_N, bins, 50)
+    except DatasetError:
+        # Refused only if some group does not fit by itself, as best fit goes.
+        assert any(len(naive_best_fit(np.array(g), 50)) > bins for g in groups)
+        return
+    assert np.bincount(bin_N, weights=lengths).max(initial=0) <= 50
+    assert len({*zip(group_N.tolist(), (bin_N // bins).tolist(), strict=True)}) == len(groups)
+
+
+def test_groups_without_a_name_and_groups_too_large() -> None:
+    lengths = np.full(40, 100, dtype=np.int64)
+    spec = PlanSpec(token_budget=200, ranks=2, whole_groups=True)
+    made = plan_table(metadata(lengths, group=pa.array([""] * 40)), spec, IDENTITY)
+    assert (made.steps, made.report.packing_fill if made.report else 0) == (10, 1.0)
+    with pytest.raises(DatasetError, match=r"a group of 5 samples and 500 tokens does not fit into one step"):
+        plan_table(metadata(lengths, group=pa.array([f"g{i // 5}" for i in range(40)])), spec, IDENTITY)
+    assert plan_table(metadata(lengths[:0], group=pa.array([], pa.string())), spec, IDENTITY).steps == 0
+    for values in ({"packing": "none"}, {"too_long": "own_batch"}):
+        with pytest.raises(DatasetError, match="whole_groups does not go with"):
+            PlanSpec(token_budget=200, whole_groups=True, **values)
 
 
 def test_filters_count_what_they_leave_out() -> None:
