@@ -210,7 +210,7 @@ class SglangEngine:
             shapes = Checkpoint(source).shapes()
         else:
             shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
-        # Before anything is touched: SGLang checks neither names nor shapes, and rolls back from the folder that failed.
+        # SGLang checks neither names nor shapes, and rolls back from the very folder that has failed.
         same_shapes(self._shapes, shapes)
         self._scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
         try:

@@ -68,6 +68,9 @@ def update_finish_state(original: Callable[..., Any], req: Any, new_accepted_len
     if rollout is None or req.finished() or req.to_finish:
         original(req, new_accepted_len)
         return
+    params = req.sampling_params
+    if (params.stop_strs or params.stop_regex_strs) and req._check_str_based_finish(new_accepted_len):
+        return
     reason = rollout.finish()
     if reason in (FinishReason.EOS, FinishReason.STOP_TOKEN):
         req.finished_reason = FINISH_MATCHED_TOKEN(matched=req.output_ids[-1])
