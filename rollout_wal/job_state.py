@@ -50,8 +50,8 @@ class Rollout:
     """One rollout that the log has not released."""
 
     begin: Begin
-    attempts: list[Attempt] = field(default_factory=list)
-    observed: list[Observe] = field(default_factory=list)
+    history: list[Attempt | Observe] = field(default_factory=list)
+    """In the order of the log, which is what they mean: an Observe cuts what the engine had run past its position."""
     finish: Finish | None = None
     censor: Censor | None = None
     delivered: bool = False
@@ -69,9 +69,22 @@ class Rollout:
         return Status.CENSORED if self.censor is not None else Status.IN_FLIGHT
 
     @property
+    def attempts(self) -> list[Attempt]:
+        return [h for h in self.history if isinstance(h, Attempt)]
+
+    @property
+    def observed(self) -> list[Observe]:
+        return [h for h in self.history if isinstance(h, Observe)]
+
+    @property
     def attempt(self) -> int:
         """The current attempt; 0 before the first."""
-        return self.attempts[-1].attempt if self.attempts else 0
+        return next((h.attempt for h in reversed(self.history) if isinstance(h, Attempt)), 0)
+
+    @property
+    def answered(self) -> bool:
+        """Its output ends in observed tokens, and no engine has gone on from there yet."""
+        return bool(self.history) and isinstance(self.history[-1], Observe)
 
     @property
     def interruptions(self) -> int:
@@ -80,7 +93,7 @@ class Rollout:
 
     def records(self) -> list[Record]:
         """The records that say all this again."""
-        out: list[Record] = [self.begin, *self.observed, *self.attempts]
+        out: list[Record] = [self.begin, *self.history]
         out += [r for r in (self.finish, self.censor) if r is not None]
         if self.delivered:
             out.append(Delivered(_one(self.id)))
@@ -168,10 +181,10 @@ class JobState:
             case Attempt():
                 r = self.rollouts.get(record.rollout)
                 if r and r.status is Status.IN_FLIGHT and record.attempt > r.attempt:
-                    r.attempts.append(record)
+                    r.history.append(record)
             case Observe():
                 if (r := self.rollouts.get(record.rollout)) and r.status is Status.IN_FLIGHT:
-                    r.observed.append(record)
+                    r.history.append(record)
             case Finish():
                 r = self.rollouts.get(record.rollout)
                 if r and r.status is Status.IN_FLIGHT and record.attempt == r.attempt:

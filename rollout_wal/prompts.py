@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -47,14 +48,22 @@ def check_prompt(prompt: ArrayLike, info: EngineInfo | None) -> NDArray[np.int32
 
 
 def cohort_digest(
-    prompts: Sequence[NDArray[np.int32]], sampling: SamplingParams, *, group_size: int, seed: int, noise: str
+    prompts: Sequence[NDArray[np.int32]],
+    sampling: SamplingParams,
+    *,
+    group_size: int,
+    seed: int,
+    noise: str,
+    turns: Mapping[str, Any] | None = None,
 ) -> str:
-    """What makes two calls the same cohort. BLAKE2b-128, hex."""
+    """What makes two calls the same cohort. BLAKE2b-128, hex. `turns` as in `records.Begin`; without, as if unknown."""
     h = hashlib.blake2b(digest_size=16)
     h.update(repr((sorted(sampling.to_dict().items()), group_size, seed, noise, len(prompts))).encode())
     for prompt in prompts:
         h.update(len(prompt).to_bytes(8, "little"))
         h.update(np.ascontiguousarray(prompt, "<i4").tobytes())
+    if turns:
+        h.update(repr(sorted(turns.items())).encode())
     return h.hexdigest()
 
 

@@ -146,6 +146,8 @@ class Begin(Record):
     """Position within the cohort."""
     group: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    turns: dict[str, Any] = field(default_factory=dict)
+    """How its turns end and who reads its tool calls (`episode.Episodes.record`). Empty: it calls no tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ class Attempt(Record):
 
 @dataclass(frozen=True, slots=True)
 class Observe(Record):
-    """Tokens that the policy did not sample: tool output. Loss mask 0."""
+    """Tokens that the policy did not sample: tool output. Loss mask 0. What an attempt logged beyond is void."""
 
     TYPE: ClassVar = RecordType.OBSERVE
     ARRAYS: ClassVar = {"tokens": "<i4"}

@@ -71,36 +71,34 @@ class Tokens:
 
 
 def assemble(rollout: Rollout, stream_of: Callable[[int, int], Stream | None]) -> Tokens:
-    """All output tokens that are known of a rollout.
+    """All output tokens that are known of a rollout: its history, told in the order of the log.
 
-    A later attempt voids what an earlier one logged beyond its start. Observed tokens stand where they were logged.
+    An attempt voids what earlier ones logged beyond its start. Observed tokens void what the engine ran past their
+    position: it goes on until it hears that a stop string has ended its turn.
 
     Raises:
-        LogDamaged: an attempt starts behind tokens that no log holds.
+        LogDamaged: an attempt starts, or observed tokens stand, behind tokens that no log holds.
     """
     known = Tokens.concat([])
-    observed = sorted(rollout.observed, key=lambda o: o.position)
-    for attempt in rollout.attempts:
-        known = known[: attempt.start]
-        known = _with_observed(known, observed, attempt.start)
-        if len(known) < attempt.start:
-            raise LogDamaged(
-                problem(
-                    f"attempt {attempt.attempt} of rollout {rollout.id} starts at output token {attempt.start}, "
-                    f"but the logs hold only the first {len(known)}",
-                    consequence="The rollout cannot be put together, so nothing of it was delivered",
-                    remedy="Bring back the engine logs that belong to this job log, or abort the rollout",
-                )
-            )
-        if (stream := stream_of(rollout.id, attempt.attempt)) is not None and stream.length:
+    for event in rollout.history:
+        if isinstance(event, Observe):
+            if len(known) < event.position:
+                raise _missing(f"tokens observed by rollout {rollout.id} stand", event.position, len(known))
+            known = Tokens.concat([known[: event.position], Tokens.observed(event.tokens)])
+            continue
+        if len(known) < event.start:
+            raise _missing(f"attempt {event.attempt} of rollout {rollout.id} starts", event.start, len(known))
+        known = known[: event.start]
+        if (stream := stream_of(rollout.id, event.attempt)) is not None and stream.length:
             known = Tokens.concat([known, Tokens.of_stream(stream)]) if len(known) else Tokens.of_stream(stream)
-    return _with_observed(known, observed, None)
-
-
-def _with_observed(known: Tokens, observed: list[Observe], upto: int | None) -> Tokens:
-    while upto is None or len(known) < upto:
-        here = next((o for o in observed if o.position == len(known)), None)
-        if here is None or len(here.tokens) == 0:
-            break
-        known = Tokens.concat([known, Tokens.observed(here.tokens)])
     return known
+
+
+def _missing(what: str, start: int, held: int) -> LogDamaged:
+    return LogDamaged(
+        problem(
+            f"{what} at output token {start}, but the logs hold only the first {held}",
+            consequence="The rollout cannot be put together, so nothing of it was delivered",
+            remedy="Bring back the engine logs that belong to this job log, or abort the rollout",
+        )
+    )

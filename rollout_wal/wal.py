@@ -309,6 +309,7 @@ class RolloutWal:
         index: int = 0,
         group: str = "",
         metadata: Mapping[str, Any] | None = None,
+        turns: Mapping[str, Any] | None = None,
     ) -> int:
         """A new rollout. Returns its id; durable (`wait_durable`) before its first token may be asked for.
 
@@ -317,6 +318,7 @@ class RolloutWal:
             seed: unsigned 64-bit; with the position it determines all noise.
             noise: "position" or "attempt", see `records.Begin`.
             metadata: msgpack-able.
+            turns: how its turns end, if it may call tools; see `records.Begin`.
 
         Raises:
             BadPrompt: empty, ids out of the vocabulary, or longer than the context. Needs `declare_engine`
@@ -336,6 +338,7 @@ class RolloutWal:
                 index,
                 group,
                 dict(metadata or {}),
+                dict(turns or {}),
             )
         )
         return rollout
@@ -347,10 +350,26 @@ class RolloutWal:
         self._append(record)
         return record
 
-    def observe(self, rollout: int, tokens: ArrayLike) -> int:
-        """Append tokens that the policy did not sample (loss mask 0) behind what is known."""
+    def observe(self, rollout: int, tokens: ArrayLike, *, position: int | None = None) -> int:
+        """Append tokens that the policy did not sample (loss mask 0) behind its first `position` output tokens.
+
+        Args:
+            position: default: behind all that is known. What an engine ran past it is void.
+
+        Raises:
+            BadInput: the logs hold fewer tokens.
+        """
         self._in_flight(rollout)
-        return self._append(Observe(rollout, len(self.tokens(rollout)), np.asarray(tokens, np.int32)))
+        known = len(self.tokens(rollout))
+        if position is not None and not 0 <= position <= known:
+            raise BadInput(
+                problem(
+                    f"tokens observed by rollout {rollout} would stand behind {position} tokens; it has {known}",
+                    consequence="Nothing was logged",
+                    remedy="Observe at a position up to which the tokens are durable",
+                )
+            )
+        return self._append(Observe(rollout, known if position is None else position, np.asarray(tokens, np.int32)))
 
     def finish(self, rollout: int, reason: FinishReason, *, count: int | None = None) -> int:
         """A rollout is complete with its first `count` output tokens (default: all). Delivery waits for it."""
@@ -358,10 +377,14 @@ class RolloutWal:
         length = len(self.tokens(rollout)) if count is None else count
         return self._append(Finish(rollout, r.attempt, length, int(reason)))
 
-    def censor(self, rollout: int, reason: str) -> int:
-        """A rollout ends without having finished: deadline, abort, poison, out of memory, in doubt, ..."""
+    def censor(self, rollout: int, reason: str, *, count: int | None = None) -> int:
+        """A rollout ends without having finished: deadline, abort, poison, out of memory, in doubt, ...
+
+        Args:
+            count: output tokens that it keeps; default: all.
+        """
         self._in_flight(rollout)
-        return self._append(Censor(rollout, reason, len(self.tokens(rollout))))
+        return self._append(Censor(rollout, reason, len(self.tokens(rollout)) if count is None else count))
 
     def abort(self, rollout: int) -> int:
         """The caller gives a rollout up. It is delivered as censored."""

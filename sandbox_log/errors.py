@@ -20,12 +20,15 @@
     └── TransportLost                    the connection to a sandbox broke with a command under way
 
 A message says three things: what happened, what follows from it, and what to do about it. `problem` builds one.
+
+For a runner of rollouts, who knows none of these types, a class says what it means to one: `censor_reason` is why the
+rollout ends; `stops_runner`: nothing is wrong with the rollout, but no call can be answered here any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 def problem(what: str, *, consequence: str, remedy: str) -> str:
@@ -48,6 +51,8 @@ class SandboxLogError(SandboxError):
 class LogPoisoned(SandboxLogError):
     """A write or sync failed. What was acknowledged is safe; this process writes nothing more."""
 
+    stops_runner: ClassVar = True
+
 
 class LogDamaged(SandboxLogError):
     """Something that was acknowledged as durable is not what was written."""
@@ -55,6 +60,8 @@ class LogDamaged(SandboxLogError):
 
 class LogFenced(SandboxLogError):
     """Another writer took the sandbox over. Whatever this one still holds must not be acknowledged."""
+
+    stops_runner: ClassVar = True
 
 
 class LogInUse(SandboxLogError):
@@ -112,6 +119,8 @@ class ReplayExhausted(ReplayError):
 class StateLost(ReplayError):
     """The file system or the processes that the log speaks of are gone, or cannot be proven to be there."""
 
+    censor_reason: ClassVar = "state-lost"
+
 
 class InDoubt(SandboxError):
     """A command was dispatched and no outcome is logged: it may have run, in part or whole, or never.
@@ -120,6 +129,8 @@ class InDoubt(SandboxError):
         known: everything that is known: the intent's fields, what the probe said, which remedies were
             tried and why each did not apply.
     """
+
+    censor_reason: ClassVar = "in-doubt"
 
     def __init__(self, sandbox_id: str, sequence: int, known: Mapping[str, Any]) -> None:
         tried = "; ".join(f"{name}: {why}" for name, why in dict(known.get("tried", {})).items())

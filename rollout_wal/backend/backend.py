@@ -25,6 +25,7 @@ import msgpack
 from numpy.typing import ArrayLike
 
 from ..engines.base import EngineInfo
+from ..episode import Episodes, check_episodes
 from ..errors import BadInput, LogError, problem
 from ..kv.snapshots import KvConfig
 from ..log.policy import SyncPolicy
@@ -58,6 +59,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         take_over: fence a live owner of `path` instead of refusing.
         kv: where KV snapshots are kept, or a KvConfig; "auto": beside the logs, in `path`/kv; None: resumed rollouts
             are prefilled.
+        episodes: the tools that rollouts may call, and who reads their calls.
         witness: path of a Unix socket that each worker tells every durable frame, before anybody else hears of it.
 
     Raises (on entering, or `start`):
@@ -81,6 +83,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         take_over: bool = False,
         witness: str | None = None,
         kv: KvConfig | str | os.PathLike[str] | None = None,
+        episodes: Episodes | None = None,
     ) -> None:
         if workers < 1 or slots < 1:
             raise BadInput(
@@ -108,6 +111,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
             "grace_s": grace_s,
             "take_over": take_over,
             "kv": self._kv_config(kv),
+            "episodes": episodes,
         }
         self._coordinator: Coordinator | None = None
         self._wal: RolloutWal | None = None
@@ -130,6 +134,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
             self._wal = RolloutWal.open(
                 self._path, segment_bytes=self._segment_bytes, policy=self._policy, take_over=self._take_over
             )
+            check_episodes(self._wal.in_flight(), self._options["episodes"])
             coordinator = Coordinator(self._wal, self._spec, **self._options)
             coordinator.start()
             self._coordinator = coordinator
@@ -428,9 +433,11 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
             )
         checked = [check_prompt(p, c.wal.info) for p in prompts]
         plain = [_plain(m) for m in metadata] if metadata is not None else None
-        if sampling.stop:
+        episodes: Episodes | None = self._options["episodes"]
+        turns = episodes.record() if episodes is not None else {}
+        if sampling.stop or turns.get("stop"):
             c.load_tokenizer()
-        digest = cohort_digest(checked, sampling, group_size=group_size, seed=seed, noise=noise)
+        digest = cohort_digest(checked, sampling, group_size=group_size, seed=seed, noise=noise, turns=turns)
 
         def begin() -> int:
             name = cohort if cohort is not None else self._unnamed(digest)
@@ -448,6 +455,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
                     index=index,
                     group=f"{name}/{index // group_size}",
                     metadata=plain[index // group_size] if plain is not None else None,
+                    turns=turns,
                 )
                 for index in range(0 if not state.complete else size, size)
                 if index not in begun and index not in state.released_members

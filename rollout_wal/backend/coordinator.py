@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from ..engines.base import FinishReason
+from ..episode import Episodes, turn_sampling, turn_start
 from ..errors import BackendError, BadInput, MissingExtra, ProvenanceError, WorkerFailed, problem
 from ..finish import finish_reason
 from ..job_state import Rollout, Status
@@ -31,12 +32,14 @@ from ..params import SamplingParams
 from ..stops import StopWatch
 from ..stream import Stream
 from ..wal import RolloutWal
+from .dispatch import Failed, Observed, stopped
 from .finished import FinishedRollout
 from .nursery import Nursery
 from .outlet import Outlet
 from .poison import PoisonRule, Quarantine, Verdict
 from .pool import WorkerHandle, WorkerState
 from .spec import EngineSpec
+from .turns import Turns
 from .update import WeightsUpdate
 from .wire import Message
 from .worker import error_from_message, info_from_message
@@ -50,7 +53,7 @@ _SILENT_DEATHS = 20
 
 @dataclass(slots=True)
 class Stats:
-    """Counters of one backend's life. Read them at any time; they only grow, but for the last four."""
+    """Counters of one backend's life. Read them at any time; they only grow, but for the last five."""
 
     deaths: int = 0
     resumed: int = 0
@@ -70,6 +73,12 @@ class Stats:
     """Times that a rollout's KV became durable."""
     kv_fallbacks: Counter[str] = field(default_factory=Counter)
     """Resumes that could not load all they had, by reason; "missing" where there was no snapshot."""
+    turns: int = 0
+    """Turns that were answered."""
+    tool_calls: int = 0
+    """Calls that tools were given, repeated ones included."""
+    calling: int = 0
+    """Rollouts that wait for their tools."""
     in_flight: int = 0
     waiting: int = 0
     durable_lag_bytes: int = 0
@@ -92,6 +101,7 @@ class Coordinator(threading.Thread):
         grace_s: float,
         take_over: bool,
         kv: KvConfig | None = None,
+        episodes: Episodes | None = None,
     ) -> None:
         super().__init__(name="rollout-wal-coordinator", daemon=True)
         self.wal = wal
@@ -122,6 +132,7 @@ class Coordinator(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_r, selectors.EVENT_READ)
         self._closing = False
+        self._turns = Turns(wal, episodes, self._wake) if episodes is not None else None
 
     # -- from other threads -------------------------------------------------------------------------------------
 
@@ -143,9 +154,12 @@ class Coordinator(threading.Thread):
         """Have `what` run on the coordinator's thread, and do not wait for it. Safe anywhere, a finalizer included."""
         future: Future[T] = Future()
         self._commands.append((what, future))
+        self._wake()
+        return future
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
             self._wake_w.send(b"\0")
-        return future
 
     def failure(self) -> BaseException:
         """Why nothing more will happen."""
@@ -167,7 +181,13 @@ class Coordinator(threading.Thread):
                 self._start(worker)
             while not self._closing:
                 self._tick()
+            if self._turns is not None:
+                self._turns.stop_dispatching()
             self._stop_workers()
+            if self._turns is not None:
+                self._turns.close(self._grace_s)
+                self._hear_tools()
+                self.wal.wait_durable()
         except BaseException as error:  # everything that waits must hear of it
             self.error = error
             for worker in self._workers:
@@ -176,6 +196,8 @@ class Coordinator(threading.Thread):
             self.ready.set()
             for outlet in self._outlets.values():
                 outlet.put(self.failure())
+            if self._turns is not None:
+                self._turns.close(0.0)
             while self._commands:
                 self._commands.popleft()[1].set_exception(self.failure())
             if self._update is not None:
@@ -217,6 +239,7 @@ class Coordinator(threading.Thread):
                     raise
         if self._update is not None and self._update.advance():
             self._update = None
+        self._hear_tools()
         self._settle()
         self._schedule()
         self._refresh()
@@ -225,6 +248,8 @@ class Coordinator(threading.Thread):
         stats = self.stats
         stats.in_flight = sum(len(w.running) for w in self._workers)
         stats.waiting = len(self._pending) + len(self._quarantine.waiting)
+        if self._turns is not None:
+            stats.calling, stats.tool_calls = len(self._turns), self._turns.calls
         stats.workers_ready = sum(w.state is WorkerState.READY for w in self._workers)
         stats.durable_lag_bytes = sum(w.lag_bytes for w in self._workers)
 
@@ -312,11 +337,11 @@ class Coordinator(threading.Thread):
             cut = self._find_stop(self.wal.streams.get((rollout, worker.running[rollout])), rollout)
             if cut is not None:
                 worker.send({"t": "abort", "rollout": rollout})
-                over.discard(rollout)
+                over.discard((rollout, worker.running[rollout]))
                 self._end(worker, rollout, FinishReason.STOP_STRING, cut)
-        for rollout in over:
-            attempt = worker.running.get(rollout)
-            if attempt is not None:
+        for rollout, attempt in over:
+            # An earlier attempt may end late: it had run past a stop string before it heard of that.
+            if worker.running.get(rollout) == attempt:
                 stream = self.wal.streams[rollout, attempt]
                 self._end(worker, rollout, stream.finish, stream.start + stream.length)
 
@@ -459,7 +484,7 @@ class Coordinator(threading.Thread):
         for waiting in (self._pending, self._quarantine.waiting):
             if rollout in waiting:
                 waiting.remove(rollout)
-        self._censor(rollout, reason)
+        self._censor(rollout, reason, count=self._turns.give_up(rollout) if self._turns is not None else None)
 
     def consume(self, rollouts: list[int], epoch: int, step: int, release: bool) -> None:
         """Durable when it returns."""
@@ -528,7 +553,8 @@ class Coordinator(threading.Thread):
 
     def _assign(self, worker: WorkerHandle, rollout: int) -> tuple[WorkerHandle, Rollout, int]:
         r = self.wal.rollout(rollout)
-        attempt = self.wal.attempt(r.id, worker.name, "resume" if r.attempts else "start")
+        cause = "turn" if r.answered else "resume" if r.attempts else "start"
+        attempt = self.wal.attempt(r.id, worker.name, cause)
         worker.running[r.id] = attempt.attempt
         return worker, r, attempt.attempt
 
@@ -537,19 +563,23 @@ class Coordinator(threading.Thread):
         died = self._died_at.pop(r.id, None)
         if died is not None:
             self.stats.seconds_resuming += time.monotonic() - died
-        if r.attempts[-1].cause == "resume":
+        cause = r.attempts[-1].cause
+        if cause == "resume":
             self.stats.resumed += 1
             if self._kv is None:  # otherwise the worker will say
                 self.stats.tokens_prefilled += len(tokens)
-        sampling = r.begin.sampling
+        sampling = turn_sampling(r.begin)
         if sampling["stop"]:
             # What is there has been looked at, or the rollout would not go on.
-            self._stops.watch(r.id, tuple(sampling["stop"]), min_tokens=sampling["min_tokens"], seen=len(tokens))
+            observed = len(tokens) - int(tokens.sampled_T.sum())
+            least = sampling["min_tokens"] + observed if sampling["min_tokens"] else 0
+            self._stops.watch(r.id, tuple(sampling["stop"]), min_tokens=least, seen=len(tokens))
         worker.send(
             {
                 "t": "submit",
                 "rollout": r.id,
                 "attempt": attempt,
+                "cause": cause,
                 "prompt": r.begin.prompt.tobytes(),
                 "prefix": tokens.token_T.tobytes(),
                 "sampled": tokens.sampled_T.tobytes(),
@@ -562,10 +592,13 @@ class Coordinator(threading.Thread):
         """Evaluate the whole finish predicate on what the logs hold, before anything is decoded further."""
         assert self.wal.info is not None
         tokens = self.wal.tokens(r.id)
-        sampling = SamplingParams.from_dict(r.begin.sampling)
+        sampling = SamplingParams.from_dict(turn_sampling(r.begin))
         length = len(tokens)
         if sampling.stop:
-            cut = StopWatch.first_stop(self._stops.tokenizer, sampling.stop, tokens.token_T, sampling.min_tokens)
+            # What earlier turns said has been answered, and what was observed ends nothing.
+            observed = length - int(tokens.sampled_T.sum())
+            least = sampling.min_tokens + observed if sampling.min_tokens else 0
+            cut = StopWatch.first_stop(self._stops.tokenizer, sampling.stop, tokens.token_T, least, seen=turn_start(r))
             if cut is not None:
                 self._over[r.id] = (FinishReason.STOP_STRING, cut)
                 return True
@@ -582,22 +615,56 @@ class Coordinator(threading.Thread):
         self._over[r.id] = (reason, length)
         return True
 
-    def _censor(self, rollout: int, reason: str) -> None:
+    def _censor(self, rollout: int, reason: str, *, count: int | None = None) -> None:
         self._stops.forget(rollout)
-        self.wal.censor(rollout, reason)
+        self.wal.censor(rollout, reason, count=count)
         self.wal.wait_durable()
-        self._deliver(rollout)
+        self._ended(rollout)
 
     def _settle(self) -> None:
-        """Finish what is over: the Finish records in one group, and delivery only once they are durable."""
+        """Finish what is over: the Finish records in one group, and delivery only once they are durable.
+
+        What has stopped in a tool call is not over: it is answered first.
+        """
         if not self._over:
             return
         over, self._over = self._over, {}
+        finished: list[int] = []
         for rollout, (reason, count) in over.items():
-            self.wal.finish(rollout, reason, count=count)
-        self.wal.wait_durable()
-        for rollout in over:
+            goes_on = self._turns.take(self.wal.rollout(rollout), reason, count) if self._turns is not None else False
+            if isinstance(goes_on, str):
+                self._censor(rollout, goes_on, count=count)
+            elif not goes_on:
+                self.wal.finish(rollout, reason, count=count)
+                finished.append(rollout)
+        if finished:
+            self.wal.wait_durable()
+        for rollout in finished:
+            self._ended(rollout)
+
+    def _ended(self, rollout: int) -> None:
+        """It has ended, durably. Tools let go of it before it is handed over: whoever gets it may look at what they
+        have left."""
+        if self._turns is None or not self._turns.release(rollout):
             self._deliver(rollout)
+
+    def _hear_tools(self) -> None:
+        """What tools have answered. Their own log holds it durably; ours must before an engine goes on behind it, which
+        `_schedule` sees to."""
+        for answer in self._turns.answers() if self._turns is not None else ():
+            r = self.wal.state.rollouts.get(answer.rollout)
+            if isinstance(answer, Observed) and r is not None and self.wal.info is not None:
+                room = self.wal.info.max_context - len(r.begin.prompt) - answer.position
+                self.wal.observe(r.id, answer.token_T[:room], position=answer.position)
+                self.stats.turns += 1
+                if not self._is_over(r):
+                    self._pending.appendleft(r.id)
+            elif isinstance(answer, Failed):
+                if answer.fatal is not None:
+                    raise stopped(answer.fatal) from answer.fatal
+                self._censor(answer.rollout, answer.reason, count=answer.position)
+            elif r is not None:
+                self._deliver(answer.rollout)
 
     def _deliver(self, rollout: int) -> None:
         """Hand a rollout over. Whatever justifies it is durable, and this owner was not fenced after the sync."""
@@ -628,6 +695,8 @@ class Coordinator(threading.Thread):
                 interruptions=r.interruptions,
                 metadata=r.begin.metadata,
                 again=again,
+                episode=self._turns.episode(rollout) if self._turns is not None and r.begin.turns else "",
+                turns=len(r.observed),
             )
         )
         if not outlet.wanted:

@@ -34,6 +34,10 @@ class FinishedRollout:
     metadata: Mapping[str, Any]
     again: bool = False
     """It had been delivered before the last restart, and was not consumed."""
+    episode: str = ""
+    """The name by which the tools knew it; empty if it could call none."""
+    turns: int = 0
+    """Turns that were answered."""
 
     @property
     def tokens(self) -> NDArray[np.int32]:

@@ -25,11 +25,18 @@ class PoisonRule:
     tokens: int = 4
 
     def streak(self, rollout: Rollout, length: int) -> int:
-        """How many of its latest attempts made no progress to speak of. `length`: output tokens known now."""
-        starts = [a.start for a in rollout.attempts] + [length]
+        """How many of its latest attempts died without progress to speak of. `length`: output tokens known now.
+
+        An attempt that ended in a tool call did not die, however short it was.
+        """
+        if rollout.answered:
+            return 0
+        attempts = rollout.attempts
+        starts = [a.start for a in attempts] + [length]
+        died = [a.cause == "resume" for a in attempts[1:]] + [True]
         streak = 0
-        for before, after in reversed(list(pairwise(starts))):
-            if after - before >= self.tokens:
+        for (before, after), dead in reversed(list(zip(pairwise(starts), died))):
+            if not dead or after - before >= self.tokens:
                 break
             streak += 1
         return streak

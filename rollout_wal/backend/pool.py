@@ -82,11 +82,11 @@ class WorkerHandle:
         self.child = self.channel = None
         self.state = WorkerState.DEAD
 
-    def apply(self, frames: list[list[Any]]) -> tuple[list[tuple[int, int]], set[int], int]:
-        """Take in frames that are durable. Returns the attempts newly bound, the rollouts whose engine said that they
-        are over, and how many tokens there were."""
+    def apply(self, frames: list[list[Any]]) -> tuple[list[tuple[int, int]], set[tuple[int, int]], int]:
+        """Take in frames that are durable. Returns the attempts newly bound, those whose engine said that they are
+        over, and how many tokens there were."""
         bound: list[tuple[int, int]] = []
-        over: set[int] = set()
+        over: set[tuple[int, int]] = set()
         tokens = 0
         for kind, flags, lsn, payload in frames:
             self.mirror.apply(Frame(kind, flags, lsn, 0, 0, memoryview(payload)))
@@ -99,7 +99,7 @@ class WorkerHandle:
                 for slot in step.slot_R[step.finish_R != 0].tolist():
                     # Unbound: a rollout that was aborted and released, while its last tokens were on their way.
                     if stream := self.mirror.bound.get(slot):
-                        over.add(stream.rollout)
+                        over.add((stream.rollout, stream.attempt))
         return bound, over, tokens
 
     def forget(self, keys: Iterable[tuple[int, int]]) -> None:

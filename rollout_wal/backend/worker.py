@@ -241,7 +241,8 @@ class Worker:
         self._slot_of[message["rollout"]] = slot
         self._rollout_at[slot] = message["rollout"]
         self._attempt_of[message["rollout"]] = message["attempt"]
-        if self._tells_resumes and len(prefix):
+        self._kv_over.discard(message["rollout"])  # its last turn was over, it is not
+        if self._tells_resumes and len(prefix) and message["cause"] == "resume":
             loaded = max(0, resumed.loaded - len(request.prompt))
             self._channel.send(
                 {

@@ -10,6 +10,7 @@ import click
 from ..engines.base import FinishReason
 from ..job_state import Rollout, Status
 from ..job_view import JobView
+from ..records import Observe
 from ._output import JSON, PATH, print_facts, print_json, print_table
 
 
@@ -66,10 +67,11 @@ def events(r: Rollout) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = [
         {"event": "begin", "seed": r.begin.seed, "noise": r.begin.noise, "sampling": r.begin.sampling}
     ]
-    out += [
-        {"event": "attempt", "attempt": a.attempt, "start": a.start, "log": a.log, "cause": a.cause} for a in r.attempts
-    ]
-    out += [{"event": "observe", "position": o.position, "tokens": o.tokens.tolist()} for o in r.observed]
+    for h in r.history:
+        if isinstance(h, Observe):
+            out.append({"event": "observe", "position": h.position, "tokens": h.tokens.tolist()})
+        else:
+            out.append({"event": "attempt", "attempt": h.attempt, "start": h.start, "log": h.log, "cause": h.cause})
     if r.finish is not None:
         out.append({"event": "finish", "count": r.finish.count, "reason": FinishReason(r.finish.reason).name.lower()})
     if r.censor is not None:
