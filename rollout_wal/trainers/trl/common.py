@@ -1,0 +1,273 @@
+"""What the trainers of TRL share: rollouts from the backend, weights to it, checkpoints that the log agrees with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ...backend import FinishedRollout, RolloutBackend
+from ...errors import BadInput, MissingExtra, problem
+from ...params import SamplingParams
+from ..ledger import STATE_FILE, TrainerLedger, read_state, sync_tree, write_state
+
+try:
+    import torch
+    import trl
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import TrainerControl, TrainerState
+    from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+except ImportError as error:
+    raise MissingExtra(error.name or "trl", "trl", "training with TRL") from None
+
+#: Versions of TRL whose trainers this was read against and tested with.
+SUPPORTED: Final = ("1.16",)
+
+
+class BackendTrainer(Trainer):
+    """Mixed into a trainer of TRL, in front of it.
+
+    TRL takes the backend for its vLLM: it says when weights must be handed over (`vllm_generation.sync_weights`).
+    """
+
+    _step: int
+    """Micro-steps so far. This and the next are of the trainer that it is mixed into."""
+    _buffered_inputs: Any
+
+    def _use_backend(
+        self, backend: RolloutBackend, run: str, archive: str | Path | None, fork: bool, extras: Mapping[str, Any]
+    ) -> None:
+        """After the trainer's own `__init__`."""
+        self._backend = backend
+        self._ledger = TrainerLedger(
+            backend,
+            run,
+            archive=Path(archive) if archive is not None else None,
+            extras={"trainer": f"trl {trl.__version__}", **extras},
+        )
+        self._fork = fork
+        self._sampling = self._sampling_params()
+        self._evaluation = 0
+        self._rewards: dict[int, float] = {}
+        self.use_vllm = True
+        self.vllm_generation = _Weights(self)
+        self._last_loaded_step = -1
+        self.add_callback(_Used(self))
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-steps that one generation batch serves."""
+        raise NotImplementedError
+
+    @property
+    def _generation(self) -> int:
+        """Number of the generation batch that the current micro-step belongs to."""
+        return self._step // self._generate_every
+
+    def _collect(self, prompt_ids: list[list[int]], generations: int) -> list[FinishedRollout]:
+        """The rollouts of this generation batch, one for each of the prompts and in their order."""
+        training = bool(self.model.training)
+        grouped = _distinct(prompt_ids, generations)
+        per_group = len(prompt_ids) // len(grouped)
+        if training:
+            batch = self._generation
+            rollouts = self._ledger.generate(
+                batch,
+                grouped,
+                self._sampling,
+                group_size=per_group,
+                seed=self.args.seed + batch,
+                metadata=[{"generation": batch}] * len(grouped),
+            )
+        else:
+            self._evaluation += 1
+            name = f"{self.state.global_step}.{self._evaluation}"
+            seed = self.args.seed ^ 0x5EED
+            rollouts = self._ledger.evaluate(name, grouped, self._sampling, group_size=per_group, seed=seed)
+        self._measure("train" if training else "eval", rollouts)
+        return rollouts
+
+    def _measure(self, mode: str, rollouts: list[FinishedRollout]) -> None:
+        newest = self._backend.policy_version
+        age_T = np.concatenate([newest - r.output.version_T[r.output.sampled_T] for r in rollouts])
+        metrics = self._metrics[mode]
+        metrics["rollouts/interruptions"].append(float(np.mean([r.interruptions for r in rollouts])))
+        metrics["rollouts/censored"].append(float(np.mean([r.censored is not None for r in rollouts])))
+        metrics["rollouts/staleness_max"].append(float(age_T.max(initial=0)))
+
+    def _sampling_params(self) -> SamplingParams:
+        args: Any = self.args
+        if args.generation_kwargs:
+            raise conflict(f"generation_kwargs={args.generation_kwargs!r}", "pass what the config has fields for")
+        own = self._backend.info.eos_token_ids
+        return SamplingParams(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k or 0,
+            min_p=args.min_p or 0.0,
+            repetition_penalty=args.repetition_penalty,
+            max_tokens=args.max_completion_length,
+            stop_token_ids=tuple(t for t in self.eos_token_ids if t not in own),
+        )
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """As in TRL, with the shuffle of a generation batch drawn from its number: a batch that is asked for again
+        after a restart must be cut into the same steps."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        number, fresh = self._generation, self._buffered_inputs
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.args.seed << 32) + number)
+            inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not fresh:
+            self._ledger.used(number, self.state.global_step + 1, self._rewards)
+        return inputs
+
+    def note_step(self, step: int) -> None:
+        """Optimizer step `step` uses the generation batch of the micro-step that has just ended."""
+        self._ledger.used((self._step - 1) // self._generate_every, step)
+
+    # -- weights and checkpoints --------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in TRL. `True` resumes from the last whole checkpoint of the output folder, and fails without one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise BadInput(
+                    problem(
+                        f"{self.args.output_dir} holds no whole checkpoint",
+                        consequence="Nothing was trained",
+                        remedy="Pass resume_from_checkpoint=last_checkpoint(output_dir), which is None without one",
+                    )
+                )
+        state: Mapping[str, Any] | None = None
+        folder = str(resume_from_checkpoint or "")
+        if folder:
+            state = read_state(Path(folder), rank=self.accelerator.process_index)
+        self._ledger.restore(state, fork=self._fork)
+        self._step = int(state["micro_step"]) if state is not None else 0
+        if state is not None and 0 < self.args.max_steps <= state["step"]:
+            # transformers would take one more step, and so consume one more batch, each time it is started again.
+            self._load_from_checkpoint(folder)
+            self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
+            return TrainOutput(self.state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=folder or None, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As in TRL. When the checkpoint is durable, what it contains is consumed."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        state = self._ledger.state(self._generation, int(self.state.global_step)) | {"micro_step": self._step}
+        # Not yet: the older checkpoints must stay until this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync_tree(folder)
+        # Last: a folder that has it is whole.
+        write_state(folder, state, rank=self.accelerator.process_index)
+        self._ledger.commit(state)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+
+    def hand_over_weights(self) -> None:
+        """Make the model's weights the policy in force, under the next version unless they are in force already."""
+        weights = self.accelerator.get_state_dict(self.model)
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+        version = self._backend.policy_version
+        if self._last_loaded_step < 0:
+            # The first time in this process: after a restart these are usually the weights that are in force.
+            with contextlib.suppress(BadInput):
+                self._backend.update_weights(weights, version)
+                return
+        self._backend.update_weights(weights, version + 1)
+
+
+class _Weights:
+    """What TRL takes for its vLLM client."""
+
+    def __init__(self, trainer: BackendTrainer) -> None:
+        self._trainer = trainer
+
+    def sync_weights(self) -> None:
+        self._trainer.hand_over_weights()
+
+
+class _Used(TrainerCallback):
+    """Notes which optimizer step used a generation batch last."""
+
+    def __init__(self, trainer: BackendTrainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.note_step(state.global_step + 1)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint in a trainer's output folder; one that a crash cut short is passed over."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), str(path))
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal() and (path / STATE_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def _distinct(prompt_ids: list[list[int]], generations: int) -> list[list[int]]:
+    """Each prompt once, if every one is there `generations` times in a row; else all of them, as they are."""
+    groups = [prompt_ids[i : i + generations] for i in range(0, len(prompt_ids), generations)]
+    if all(len(g) == generations and all(p == g[0] for p in g) for g in groups):
+        return [g[0] for g in groups]
+    return prompt_ids
+
+
+def pairs(masked: Any) -> tuple[list[float], list[bool]]:
+    return masked.value_T.tolist(), masked.valid_T.tolist()
+
+
+def conflict(what: str, why: str) -> BadInput:
+    return BadInput(
+        problem(
+            f"{what} and a rollout backend do not go together: {why}",
+            consequence="No trainer was made",
+            remedy="Leave it out",
+        )
+    )
+
+
+def check_version() -> None:
+    if not trl.__version__.startswith(tuple(f"{v}." for v in SUPPORTED)):
+        raise BadInput(
+            problem(
+                f"TRL {trl.__version__} is not one of the supported versions: {', '.join(SUPPORTED)}.x",
+                consequence="No trainer was made: its inside may have moved",
+                remedy=f"pip install 'trl=={SUPPORTED[-1]}.*'",
+            )
+        )
+
+
+def check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, refused: Mapping[str, str]) -> None:
+    """Raises BadInput for what cannot be honoured; before the trainer is made, which may start a vLLM."""
+    check_version()
+    for name, why in refused.items():
+        if kwargs.get(name) is not None:
+            raise conflict(name, why)
+    if kwargs.get("peft_config") is not None:
+        raise conflict("peft_config", "the backend's engine loads whole weights, not adapters")
+    config = kwargs.get("args", next((a for a in args if hasattr(a, "max_completion_length")), None))
+    if getattr(config, "use_vllm", False):
+        raise conflict("use_vllm=True", "to sample with vLLM, give the backend an EngineSpec of the vLLM engine")

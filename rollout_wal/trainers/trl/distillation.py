@@ -1,0 +1,221 @@
+"""TRL's DistillationTrainer on the rollouts of a backend, with teachers behind a scoring service.
+
+The teachers read what the student sampled and answer with log-probabilities or with hidden states; the student learns
+from either by an objective of `scoring.losses`. Many teachers may take part, each sample has one.
+
+Shape legend: B = completions of a micro-batch, C = completion tokens (padded), H = a teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import trl
+
+from ...backend import FinishedRollout, RolloutBackend
+from ...errors import BadInput, problem
+from .common import BackendTrainer, check_arguments, conflict
+
+try:
+    from scoring.client import ScoringClient
+    from scoring.items import ScoreItem, Scores, Wanted
+    from scoring.losses import full_vocabulary_loss, opd_loss
+except ImportError as error:
+    from ...errors import MissingExtra
+
+    raise MissingExtra(error.name or "grpc", "scoring", "distillation from a scoring service") from None
+
+Objective = Literal["sampled", "full_vocabulary"]
+Route = Callable[[Mapping[str, Any]], str]
+
+
+class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
+    """`trl.DistillationTrainer` whose completions come from a `RolloutBackend` and whose teachers answer over gRPC.
+
+    Takes what `trl.DistillationTrainer` takes, except `teacher_model`, and
+
+    Args:
+        backend, run, archive, fork: as for `GRPOTrainer`.
+        scorer: a client of the scoring service, entered.
+        route: from a row of the data set to the id of its teacher; None: its column `teacher`.
+        objective: "sampled": on-policy distillation from the teacher's log-probability of each sampled token.
+            "full_vocabulary": the exact reverse KL of each next token, from the teacher's hidden states and LM head.
+
+    Raises:
+        BadInput: options that cannot be honoured together; the message says which.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        backend: RolloutBackend,
+        scorer: ScoringClient,
+        route: Route | None = None,
+        objective: Objective = "sampled",
+        run: str = "distillation",
+        archive: str | Path | None = None,
+        fork: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(args, kwargs, refused={"teacher_model": "the teachers are behind the scoring service"})
+        if objective not in get_args(Objective):
+            raise BadInput(
+                problem(
+                    f"objective={objective!r} is not known",
+                    consequence="No trainer was made",
+                    remedy=f"Pass one of {list(get_args(Objective))}",
+                )
+            )
+        super().__init__(*args, **kwargs)
+        self._scorer = scorer
+        self._route = route or _teacher_column
+        self._objective = objective
+        self._teachers: list[str] = []
+        self._heads: dict[str, Any] = {}
+        self._last: list[FinishedRollout] = []
+        # TRL drops the columns that its own `training_step` does not know; the route may need any of them.
+        self.args.remove_unused_columns = False
+        self._use_backend(backend, run, archive, fork, {"objective": objective})
+
+    @property
+    def _generate_every(self) -> int:
+        return int(self.args.gradient_accumulation_steps)
+
+    # -- generation and scores ----------------------------------------------------------------------------------------
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
+    ) -> list[list[int]]:
+        if images:
+            raise conflict("images in the prompts", "the backend samples text only")
+        if self.tools:
+            raise conflict("TRL's tools", "they would be called again after a crash; use the backend's episodes")
+        if self.state.global_step != self._last_loaded_step:
+            self.hand_over_weights()
+            self._last_loaded_step = self.state.global_step
+        self._last = self._collect(prompt_ids, 1)
+        # TRL cannot hold an empty completion; nothing is learnt from what stands for one.
+        return [r.tokens.tolist() or [int(self._tokenizer.pad_token_id)] for r in self._last]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """As in TRL, with the teachers' answers in further columns."""
+        output = super()._generate_and_score_completions(inputs)
+        teachers = [self._route(row) for row in inputs]
+        scores = self._score(self._last, teachers)
+        output |= self._columns(output["completion_ids"], teachers, scores)
+        output["num_items_in_batch"] = self.accelerator.gather(output["scored_mask"].sum()).sum()
+        return dict(output)
+
+    def _score(self, rollouts: list[FinishedRollout], teachers: list[str]) -> list[Scores | None]:
+        """One answer for each rollout that may be learnt from.
+
+        Raises:
+            ScoringError: a teacher cannot answer. Nothing was trained on the batch; started again, it comes again.
+        """
+        wanted = Wanted(logprobs=True, hidden_states=self._objective == "full_vocabulary")
+        items: dict[int, ScoreItem] = {}
+        for index, (rollout, teacher) in enumerate(zip(rollouts, teachers, strict=True)):
+            if rollout.censored is None and len(rollout.tokens):
+                token_ids = np.concatenate([rollout.prompt, rollout.tokens]).astype(np.int32)
+                span = (len(rollout.prompt), len(token_ids))
+                items[index] = ScoreItem(
+                    token_ids, span, teacher=teacher, temperature=float(self.temperature) or 1.0, wanted=wanted
+                )
+        found: list[Scores | None] = [None] * len(rollouts)
+        order = list(items)
+        for index, answer in self._scorer.score([items[i] for i in order]):
+            if not isinstance(answer, Scores):
+                raise answer
+            found[order[index]] = answer
+        return found
+
+    def _columns(self, completion_ids_BC: Any, teachers: list[str], scores: list[Scores | None]) -> dict[str, Any]:
+        rows, width = completion_ids_BC.shape
+        mask_BC = np.zeros((rows, width), np.bool_)
+        logprobs_BC = np.zeros((rows, width), np.float32)
+        widths = [0 if s is None or s.hidden_states is None else s.hidden_states.shape[1] for s in scores]
+        hidden_BCH = np.zeros((rows, width, max(widths)), np.uint16)
+        for row, (rollout, score) in enumerate(zip(self._last, scores, strict=True)):
+            if score is None:
+                continue
+            length = len(rollout.tokens)
+            mask_BC[row, :length] = rollout.output.sampled_T & score.valid
+            assert score.logprobs is not None
+            logprobs_BC[row, :length] = np.where(score.valid, score.logprobs, 0.0)
+            if score.hidden_states is not None:
+                hidden_BCH[row, :length, : score.hidden_states.shape[1]] = score.hidden_states
+        self._teachers += sorted(set(teachers) - set(self._teachers))
+        device = completion_ids_BC.device
+        columns = {
+            "scored_mask": torch.from_numpy(mask_BC).to(device),
+            "teacher_logprobs": torch.from_numpy(logprobs_BC).to(device),
+            "teacher_index": torch.tensor([self._teachers.index(t) for t in teachers], device=device),
+        }
+        if self._objective == "full_vocabulary":
+            hidden = torch.from_numpy(hidden_BCH.view(np.int16)).view(torch.bfloat16)
+            columns["teacher_hidden"] = hidden.to(device)
+            columns["teacher_width"] = torch.tensor(widths, device=device)
+        return columns
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, unwrapped_student: Any, inputs: Any, num_items_in_batch: Any) -> tuple[Any, Any, Any]:
+        """(loss, sum of the student's entropies, number of tokens), as TRL's own."""
+        completion_ids_BC, mask_BC = inputs["completion_ids"], inputs["scored_mask"]
+        input_ids = torch.cat([inputs["prompt_ids"], completion_ids_BC], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        hidden_BCH = self._get_last_hidden_state(
+            unwrapped_student, input_ids, attention_mask, completion_ids_BC.size(1)
+        )
+        head = unwrapped_student.get_output_embeddings()
+        count = num_items_in_batch if num_items_in_batch is not None else mask_BC.sum().clamp(min=1)
+        logprobs_BCV = (head(hidden_BCH).float() / (float(self.temperature) or 1.0)).log_softmax(-1)
+        with torch.no_grad():
+            entropy = (-(logprobs_BCV.exp() * logprobs_BCV).sum(-1) * mask_BC).sum()
+        if self._objective == "sampled":
+            logprobs_BC = logprobs_BCV.gather(-1, completion_ids_BC.unsqueeze(-1)).squeeze(-1)
+            loss = opd_loss(logprobs_BC, inputs["teacher_logprobs"], mask_BC, normalizer=count)
+        else:
+            loss = self._full_vocabulary(hidden_BCH, head.weight, inputs, count)
+        return loss, entropy.detach(), mask_BC.sum()
+
+    def _full_vocabulary(self, hidden_BCH: Any, head: Any, inputs: Any, count: Any) -> Any:
+        """Each teacher's samples against its own head; the sum of them over all tokens."""
+        total = hidden_BCH.sum() * 0.0
+        for index in inputs["teacher_index"].unique().tolist():
+            rows = inputs["teacher_index"] == index
+            mask_BC = inputs["scored_mask"][rows]
+            if not mask_BC.any():
+                continue
+            width = int(inputs["teacher_width"][rows].max())
+            total = total + full_vocabulary_loss(
+                hidden_BCH[rows],
+                head,
+                inputs["teacher_hidden"][rows][..., :width],
+                self._head(self._teachers[index]).to(hidden_BCH.device),
+                mask_BC,
+                temperature=float(self.temperature) or 1.0,
+                normalizer=count,
+            )
+        return total
+
+    def _head(self, teacher: str) -> Any:
+        if teacher not in self._heads:
+            self._heads[teacher] = self._scorer.head(teacher).tensor()
+        return self._heads[teacher]
+
+
+def _teacher_column(row: Mapping[str, Any]) -> str:
+    if not isinstance(row.get("teacher"), str):
+        raise BadInput(
+            problem(
+                f"a row of the data set names no teacher: its columns are {sorted(row)}",
+                consequence="The batch was sampled and not trained on; it comes again",
+                remedy="Add a column 'teacher', or pass route=",
+            )
+        )
+    return str(row["teacher"])

@@ -1,0 +1,183 @@
+"""TRL's distillation trainer with teachers behind a real scoring server, by log-probabilities and by hidden states."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the extra 'trl'")
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DistillationConfig
+
+from rollout_wal.backend import RolloutBackend
+from rollout_wal.errors import BadInput
+from rollout_wal.testing.tiny_models import make_tiny_model
+from rollout_wal.trainers.trl import DistillationTrainer
+from scoring.client import ScoringClient
+from scoring.residency import Residency
+from scoring.scheduler import Scheduler
+from scoring.server import ServerOptions, serve
+from scoring.teachers.hf import HfTeacherSource
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+
+TEACHERS = {"adder": 1, "sorter": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    seeds = {"student": 0, **TEACHERS}
+    return {name: make_tiny_model(folder / name, mean_length=20.0, seed=seed) for name, seed in seeds.items()}
+
+
+@pytest.fixture(scope="module")
+def backend(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutBackend]:
+    with RolloutBackend(models["student"], tmp_path_factory.mktemp("wal"), slots=8) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scorer(models: dict[str, Path]) -> Iterator[ScoringClient]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> Any:
+        sources = [HfTeacherSource(name, models[name], precision="float32") for name in TEACHERS]
+        sizes = {s.info.id: s.info.nbytes for s in sources}
+        return await serve(Scheduler(sources, Residency(sizes, sum(sizes.values()))), ServerOptions())
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    with ScoringClient([f"127.0.0.1:{server.port}"]) as client:
+        yield client
+    asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture
+def trainer(
+    models: dict[str, Path], backend: RolloutBackend, scorer: ScoringClient, tmp_path: Path
+) -> Callable[..., DistillationTrainer]:
+    def make(objective: str, **options: Any) -> DistillationTrainer:
+        args = DistillationConfig(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=8,
+            max_completion_length=16,
+            max_steps=40,
+            lr_scheduler_type="constant",
+            learning_rate=3e-3,
+            save_strategy="no",
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            seed=5,
+        )
+        rows = [{"prompt": f"question {i}", "teacher": sorted(TEACHERS)[i % 2]} for i in range(8)]
+        return DistillationTrainer(
+            AutoModelForCausalLM.from_pretrained(models["student"], dtype="float32"),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(models["student"]),
+            backend=backend,
+            scorer=scorer,
+            objective=objective,
+            run=tmp_path.name,
+            **options,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full_vocabulary"])
+def test_the_loss_is_that_of_the_teachers_themselves(
+    objective: str, trainer: Callable[..., DistillationTrainer], models: dict[str, Path], backend: RolloutBackend
+) -> None:
+    """Scores by way of the service give the gradient that a plain forward of each teacher gives."""
+    made = trainer(objective)
+    made.model.train()
+    made._ledger.restore(None)
+    rows = [dict(made.train_dataset[i]) for i in range(4)]
+    inputs = made._generate_and_score_completions(rows)
+    loss, _, tokens = made._compute_loss(made.model, inputs, None)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+    made.model.zero_grad()
+
+    total = torch.zeros(())
+    assert int(tokens) == sum(len(r.tokens) for r in made._last)
+    for row, rollout in zip(rows, made._last, strict=True):
+        teacher = AutoModelForCausalLM.from_pretrained(models[row["teacher"]], dtype="float32").eval()
+        ids = torch.from_numpy(np.concatenate([rollout.prompt, rollout.tokens]).astype(np.int64))[None]
+        at = slice(len(rollout.prompt) - 1, -1)
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids).logits[0, at].log_softmax(-1)
+        found = made.model(input_ids=ids).logits[0, at].log_softmax(-1)
+        drawn = ids[0, len(rollout.prompt) :, None]
+        if objective == "sampled":
+            student = found.gather(-1, drawn)
+            total = total - ((wanted.gather(-1, drawn) - student).detach() * student).sum() / tokens
+        else:
+            total = total + (found.exp() * (found - wanted)).sum() / tokens
+    total.backward()
+    # Hidden states travel in bfloat16; log-probabilities in float32.
+    rtol, atol = (1e-4, 1e-6) if objective == "sampled" else (5e-2, 2e-4)
+    torch.testing.assert_close(loss, total, rtol=rtol, atol=1e-2 if objective != "sampled" else 1e-5)
+    for name, parameter in made.model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=rtol, atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sampled", "full_vocabulary"])
+def test_the_student_comes_closer(
+    objective: str, trainer: Callable[..., DistillationTrainer], models: dict[str, Path]
+) -> None:
+    def distance(model: Any) -> float:
+        tokenizer = AutoTokenizer.from_pretrained(models["student"])
+        total = 0.0
+        for index, name in enumerate(sorted(TEACHERS)):
+            ids = tokenizer(f"question {index}", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                student = model(input_ids=ids).logits.log_softmax(-1)
+                teacher = AutoModelForCausalLM.from_pretrained(models[name], dtype="float32")(input_ids=ids)
+                total += float((student.exp() * (student - teacher.logits.log_softmax(-1))).sum(-1).mean())
+        return total
+
+    made = trainer(objective)
+    before = distance(made.model.eval())
+    made.train()
+    assert distance(made.model.eval()) < 0.9 * before
+
+
+def test_what_cannot_be_honoured(trainer: Callable[..., DistillationTrainer], models: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match="objective='both' is not known"):
+        trainer("both")
+    with pytest.raises(BadInput, match="teacher_model and a rollout backend"):
+        trainer("sampled", teacher_model=str(models["adder"]))
+    made = trainer("sampled", route=lambda row: str(row["nowhere"]) if "nowhere" in row else _none(row))
+    made.model.train()
+    made._ledger.restore(None)
+    made._step = 1000
+    with pytest.raises(BadInput, match="names no teacher"):
+        made._generate_and_score_completions([{"prompt": "question"}])
+
+
+def _none(row: Any) -> str:
+    from rollout_wal.trainers.trl.distillation import _teacher_column
+
+    return _teacher_column({k: v for k, v in row.items() if k != "teacher"})
