@@ -6,12 +6,17 @@ there is one embedded engine per process; servers and workers are processes of t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -154,3 +160,111 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+class Server:
+    """`serve.py` in a process group of its own."""
+
+    def __init__(self, model: Path, log: Path | None, errors: Path, **options: Any) -> None:
+        self.log = log
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env.pop("ROLLOUT_WAL_SGLANG_LOG", None)
+        if log is not None:
+            env["ROLLOUT_WAL_SGLANG_LOG"] = str(log)
+        given = {
+            "model_path": str(model),
+            "dtype": "float32",
+            "max_running_requests": 8,
+            "max_total_tokens": 4096,
+            "chunked_prefill_size": 64,
+            "disable_overlap_schedule": True,
+            **options,
+        }
+        self._errors = errors
+        with errors.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("serve.py")), json.dumps(given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=env,
+                start_new_session=True,
+            )
+        self.events: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.pids: dict[str, int] = {}
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith('{"event"') and line.endswith("\n"):
+                self.events.append(json.loads(line))
+
+    def wait_ready(self) -> Server:
+        wait_until(lambda: bool(self.events) or self.process.poll() is not None, 120)
+        assert self.events, self._errors.read_text()[-4000:]
+        self.pids = self.events[0]["pids"]
+        return self
+
+    def order(self, **order: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def generate(
+        self, name: str, prompt: Sequence[int], *, rollout: Any = None, stream: bool = False, **params: Any
+    ) -> None:
+        custom = params.pop("custom_params", None) or ({"rollout": rollout} if rollout is not None else None)
+        params = {"temperature": 1.0, "max_new_tokens": 40, **params}
+        if custom is not None:
+            params["custom_params"] = custom
+        self.order(do="generate", id=name, input_ids=list(prompt), params=params, stream=stream)
+
+    def of(self, event: str, name: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == event and e.get("id") == name]
+
+    def ended(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        wait_until(
+            lambda: bool(self.of("ended", name) or self.of("refused", name)) or self.process.poll() is not None,
+            timeout_s,
+        )
+        assert self.process.poll() is None, self._errors.read_text()[-4000:]
+        events = self.of("ended", name) or self.of("refused", name)
+        return dict(events[-1].get("output") or {"error": events[-1]["error"]})
+
+    def told(self, what: str, count: int = 1) -> dict[str, Any]:
+        def found() -> list[dict[str, Any]]:
+            return [e for e in self.events if e["event"] == "done" and e["do"] == what]
+
+        wait_until(lambda: len(found()) >= count or self.process.poll() is not None)
+        assert self.process.poll() is None, self._errors.read_text()[-4000:]
+        return found()[count - 1]
+
+    def end(self) -> None:
+        """Everything of it is gone when this returns."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._reader.join(10.0)
+
+        def alive(pid: int) -> bool:
+            return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+        wait_until(lambda: not any(alive(pid) for pid in self.pids.values()), 30)
+
+
+@pytest.fixture(scope="session")
+def server_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """(log, **options) -> a server that is starting; all of them are ended with the session."""
+    servers: list[Server] = []
+    errors = tmp_path_factory.mktemp("servers") / "stderr"
+
+    def make(log: Path | None, **options: Any) -> Server:
+        servers.append(Server(options.pop("model", model), log, errors, **options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.end()
