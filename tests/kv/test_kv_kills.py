@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rollout_wal.backend import RolloutBackend
+from rollout_wal.backend import EngineSpec, PoisonRule, RolloutBackend
 from rollout_wal.engine_log import EngineLog
 from rollout_wal.kv import Chain, KvConfig, KvLayout, KvStore, Run
 from rollout_wal.kv.layout import Attention
@@ -93,6 +93,34 @@ def test_the_job_itself_is_stopped_and_goes_on(model: Path, tmp_path: Path, expe
         assert backend.stats.tokens_loaded >= 16 * 59
         # The last token of each is computed for its logits, always.
         assert backend.stats.tokens_prefilled == 16
+
+
+@pytest.mark.slow
+def test_forty_lives(
+    model: Path, tmp_path: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers die while they save, load and collect KV; see `kv_killing_engine`. The tokens are those of the run that
+    nothing happened to, and no engine was ever given KV that it would not have computed."""
+    lives, journal = 40, tmp_path / "journal"
+    journal.mkdir()
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # workers look for the engine where this process does
+    spec = EngineSpec(
+        str(model),
+        factory="kv_killing_engine:build",
+        options={"journal": str(journal), "lives": lives, "seed": 5, "max_batch": 16},
+    )
+    config = KvConfig(str(tmp_path / "kv"), codec="raw", block_tokens=16, every_tokens=3)
+    with RolloutBackend(spec, tmp_path / "wal", slots=16, kv=config, poison=PoisonRule(deaths=1000)) as backend:
+        assert run(backend, None) == expected
+        assert backend.balance().holds
+        assert backend.stats.deaths >= lives
+        assert backend.stats.tokens_loaded > 1000
+    names = [path.name for path in journal.iterdir()]
+    assert not [name for name in names if name.startswith("wrong")]
+    killed = [name.split("-")[2:4] for name in names if name.startswith("killed")]
+    assert len(killed) == lives
+    for phase in ("save", "load", "collect"):
+        assert sum(name == phase and where != "timer" for name, where in killed) >= lives // 8
 
 
 CHILD = """
