@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .codec import Codec, decode, encode
+from .data_files import open_direct, write_at
+from .memory import aligned
 
 _FILE: Final = "codec.json"
 _BYTES: Final = 16 << 20
@@ -56,7 +59,7 @@ def measure(folder: Path) -> CodecChoice:
     encoded = time.perf_counter()
     decode(stored, Codec.PLANES, 2, raw.nbytes)
     decoded = time.perf_counter()
-    disk = _disk_rate(folder, raw.data)
+    disk = _disk_rate(folder, raw)
     rates = raw.nbytes / (encoded - start), raw.nbytes / (decoded - encoded)
     ratio = raw.nbytes / stored.nbytes
     # Written once and read once; what the codec saves must pay for its two directions.
@@ -65,12 +68,15 @@ def measure(folder: Path) -> CodecChoice:
     return CodecChoice(codec, disk, *rates, ratio)
 
 
-def _disk_rate(folder: Path, data: memoryview) -> float:
+def _disk_rate(folder: Path, raw: NDArray[np.uint8]) -> float:
+    """As the store writes: past the page cache where that works."""
     path = folder / f".probe.{os.getpid()}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    data = aligned(raw.nbytes)[: raw.nbytes]
+    data[:] = raw
+    fd = open_direct(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         start = time.perf_counter()
-        os.pwrite(fd, data, 0)
+        write_at(fd, data.data, 0)
         os.fdatasync(fd)
         return data.nbytes / (time.perf_counter() - start)
     finally:
