@@ -1,0 +1,238 @@
+"""What the log costs inside vLLM: the hook's share of an engine step, and tokens/s with the log over without.
+
+    .venv-vllm/bin/python -m benchmarks.vllm_overhead [--quick] --json FILE
+
+The real engine core with the logging scheduler, in this process, outputs held until durable. The hook's share of a step
+is the time that the scheduler's own methods take beyond those of vLLM's that they call, over the time of the step;
+p50 over steps in which all requests decode. Throughput is compared in interleaved pairs of blocks on one engine: the
+same requests with and without a rollout id, both drawn by the project's sampler, so that the difference is the log.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import SamplingParams as VllmParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rollout_wal.engines.base import Request
+from rollout_wal.engines.vllm.processor import PLAN, plan_of
+from rollout_wal.params import SamplingParams
+
+from ._common import save, show
+
+REQUESTS = (16, 64)
+STEPS = 100
+PAIRS = 20
+
+
+def make_engine(folder: Path, log: Path, hidden: int, layers: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 128),
+        vocab_size=4096,
+        max_position_embeddings=2048,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(folder),
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            max_num_seqs=max(REQUESTS),
+            max_model_len=2048,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            enable_prefix_caching=False,
+            scheduler_cls="rollout_wal.engines.vllm.scheduler.LoggingScheduler",
+            logits_processors=["rollout_wal.engines.vllm.processor:PositionNoise"],
+            additional_config={"rollout_wal": {"log": str(log)}},
+        )
+    )
+
+
+class Hook:
+    """The time spent in the scheduler's hook, without that in vLLM's own method which it calls."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.seconds = 0.0
+        self._inside = 0.0
+        inner = Scheduler.update_from_output
+        outer = scheduler.update_from_output
+
+        def timed_inner(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*args)
+            finally:
+                self._inside += time.perf_counter() - start
+
+        def timed_outer(*args: Any) -> Any:
+            self._inside = 0.0
+            start = time.perf_counter()
+            out = outer(*args)
+            self.seconds = time.perf_counter() - start - self._inside
+            return out
+
+        Scheduler.update_from_output = timed_inner
+        scheduler.update_from_output = timed_outer
+
+
+class Bench:
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.core = engine.engine_core
+        self.hook = Hook(self.core.engine_core.scheduler)
+        self._tasks = engine.get_supported_tasks()
+        self._count = 0
+        self._running: list[str] = []
+
+    def begin(self, requests: int, logged: bool) -> None:
+        """A fresh batch, past its prefill."""
+        self.core.abort_requests(self._running)
+        while self.core.engine_core.scheduler.has_requests():
+            self.core.get_output()
+        self._running = []
+        for index in range(requests):
+            self._count += 1
+            prompt = np.arange(1, 9, dtype=np.int32)
+            extra: dict[str, Any] = {"rollout": self._count, "rollout_key": index}
+            if not logged:
+                nothing = np.zeros(0, np.int32)
+                sampling = SamplingParams(max_tokens=1800, ignore_eos=True)
+                request = Request(index, prompt, nothing, nothing.astype(np.bool_), sampling, index)
+                extra = {PLAN: plan_of(index, request)}
+            params = VllmParams(
+                temperature=1.0 if logged else 0.0,
+                max_tokens=1800,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,
+                extra_args=extra,
+            )
+            name = f"{self._count}"
+            source = {"prompt_token_ids": prompt.tolist()}
+            self.core.add_request(
+                self.engine.input_processor.process_inputs(name, source, params, supported_tasks=self._tasks)
+            )
+            self._running.append(name)
+        for _ in range(5):
+            self.core.get_output()
+
+    def steps(self, count: int) -> tuple[list[float], list[float]]:
+        """Seconds of each step, and the hook's in it."""
+        walls, hooks = [], []
+        for _ in range(count):
+            start = time.perf_counter()
+            self.core.get_output()
+            walls.append(time.perf_counter() - start)
+            hooks.append(self.hook.seconds)
+        return walls, hooks
+
+
+def share(bench: Bench, requests: int, steps: int) -> dict[str, float]:
+    bench.begin(requests, logged=True)
+    walls, hooks = bench.steps(steps)
+    shares = [h / w for h, w in zip(hooks, walls, strict=True)]
+    return {
+        "p50": statistics.median(shares),
+        "p99": statistics.quantiles(shares, n=100)[98],
+        "hook_us_p50": 1e6 * statistics.median(hooks),
+        "step_ms_p50": 1e3 * statistics.median(walls),
+    }
+
+
+def throughput(bench: Bench, requests: int, pairs: int, steps: int) -> dict[str, Any]:
+    order = random.Random(0)
+    ratios, rates = [], []
+    for _ in range(pairs):
+        seconds = {}
+        for logged in order.sample((False, True), 2):
+            bench.begin(requests, logged)
+            seconds[logged] = sum(bench.steps(steps)[0])
+        ratios.append(seconds[False] / seconds[True])
+        rates.append(requests * steps / seconds[False])
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "ratio": statistics.median(ratios),
+        "quartiles": [quartiles[0], quartiles[2]],
+        "tokens_per_s_without": statistics.median(rates),
+        "pairs": pairs,
+    }
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Fewer steps and pairs.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the numbers to this file.")
+@click.option("--folder", type=click.Path(path_type=Path), default=None, help="Where the log is; a disk, not a tmpfs.")
+@click.option("--hidden", default=512, show_default=True, help="Hidden size of the model.")
+@click.option("--layers", default=8, show_default=True, help="Layers of the model.")
+def main(quick: bool, path: Path | None, folder: Path | None, hidden: int, layers: int) -> None:
+    """The log's cost inside vLLM's engine core."""
+    cut: Callable[[int], int] = (lambda n: max(4, n // 5)) if quick else (lambda n: n)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        engine = make_engine(Path(scratch) / "model", Path(scratch) / "wal", hidden, layers)
+        bench = Bench(engine)
+        shares = {n: share(bench, n, cut(STEPS)) for n in REQUESTS}
+        rate = throughput(bench, REQUESTS[0], cut(PAIRS), 20)
+        engine.engine_core.shutdown()
+    show(
+        "The hook's share of a step of vLLM's engine core, outputs held until durable",
+        ["requests", "p50", "p99", "hook µs", "step ms"],
+        [
+            [n, f"{s['p50']:.2%}", f"{s['p99']:.2%}", f"{s['hook_us_p50']:.0f}", f"{s['step_ms_p50']:.1f}"]
+            for n, s in shares.items()
+        ],
+    )
+    show(
+        "Tokens/s with the log over without, in interleaved pairs",
+        ["requests", "ratio", "quartiles", "tokens/s without"],
+        [
+            [
+                REQUESTS[0],
+                f"{rate['ratio']:.3f}",
+                "–".join(f"{q:.3f}" for q in rate["quartiles"]),
+                f"{rate['tokens_per_s_without']:,.0f}",
+            ]
+        ],
+    )
+    save(
+        path,
+        {
+            "hook_share_p50_16": shares[16]["p50"],
+            "hook_share_p50_64": shares[64]["p50"],
+            "throughput_ratio": rate["ratio"],
+            "model": {"hidden": hidden, "layers": layers},
+            "shares": {str(n): s for n, s in shares.items()},
+            "throughput": rate,
+        },
+        quick=quick,
+    )
+
+
+if __name__ == "__main__":
+    main()
