@@ -1,14 +1,20 @@
 """Planning and loading: what they cost, beside a memory copy, zstandard itself and three other libraries.
 
-    python -m benchmarks.payload [--quick] [--json FILE]
+    python -m benchmarks.payload [--quick] [--only plan,load,memory,peers] [--json FILE]
 
-Loading is measured from a warm page cache, so that the loader and not the disk is what is measured. "Delivered" means:
-in memory that the rank has mapped, announced, taken and let go. On a machine that others use too, wall-clock figures
-are those of the neighbours; the ratios named `cpu` compare processor time instead, the reader's against the baseline's.
+With `--only`, the other sections' figures in FILE are kept. Loading is measured from a warm page cache, so that the
+loader and not the disk is what is measured, and after the first steps, so that its memory is not fresh either.
+"Delivered" means: in memory that the rank has mapped, announced, taken and let go.
+
+Baselines. `memcpy`: between two warm arrays of 256 MiB, by as many threads as the reader has processes (`memcpy_1`: by
+one). `zstandard`: the library on the same record batches, in memory, by one thread. What the reader does with one
+process, where that is like for like, is named `_1_process`. The headline is a node of 8 data ranks (33 MB per step);
+`small_steps` are those of 2 ranks (8 MB), where the cost of a step that does not depend on its size shows.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -17,6 +23,8 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +33,7 @@ import numpy as np
 import psutil
 import zstandard
 
-from rollout_wal.dataset import PlanSpec, open_dataset, plan
+from rollout_wal.dataset import PlanSpec, Sample, open_dataset, plan
 from rollout_wal.dataset.loader import Loader
 
 from . import _payload_data as data
@@ -33,6 +41,8 @@ from . import _payload_peers as peers
 from ._common import save, show
 
 GROUPS = ("tokens", data.TEACHER_GROUP)
+#: Plans by compression and number of ranks.
+Plans = dict[tuple[str, int], Path]
 
 
 def plan_bytes_ratio(folder: Path) -> float:
@@ -57,7 +67,7 @@ def _bytes_read() -> int:
 
 _PLAN_MANY = """
 import json, resource, sys, time
-from rollout_wal.dataset import PlanSpec, open_dataset, plan
+from rollout_wal.dataset import PlanSpec, Sample, open_dataset, plan
 began = time.perf_counter()
 made = plan(open_dataset(sys.argv[1]), PlanSpec(token_budget=int(sys.argv[2]), ranks=8, bins_per_rank=2, seed=1))
 seconds = time.perf_counter() - began
@@ -78,59 +88,100 @@ def plan_many(folder: Path, count: int) -> dict[str, Any]:
     return found | {"samples_per_s": found["planned"] / found["seconds"]}
 
 
-def memcpy_gb_per_s(size: int = 1 << 28) -> tuple[float, float]:
-    """A copy between two warm arrays: by the clock, and by processor time."""
-    source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
-    wall, cpu = [], []
-    for _ in range(5):
-        began, cpu_began = time.perf_counter(), time.process_time()
-        target[:] = source
-        wall.append(time.perf_counter() - began)
-        cpu.append(time.process_time() - cpu_began)
-    return size / statistics.median(wall) / 1e9, size / statistics.median(cpu) / 1e9
+PROCESSES = min(4, len(os.sched_getaffinity(0)))
+NODE_RANKS, FEW_RANKS = 8, 2
+_COPY_BYTES = 1 << 28
+_PAIRS = 5
 
 
-def loader_gb_per_s(folder: Path, plan_path: Path) -> tuple[float, float]:
-    """What the warm reader delivers to a rank that does nothing: by the clock, and by its own processor time."""
-    warm_up = 10
+def memcpy_gb_per_s(threads: int) -> float:
+    """Copies between two warm arrays: the C library's memcpy, without the interpreter's lock."""
+    source, target = np.ones(_COPY_BYTES, dtype=np.uint8), np.zeros(_COPY_BYTES, dtype=np.uint8)
+    part = _COPY_BYTES // threads
+    took = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            began = time.perf_counter()
+            list(
+                pool.map(
+                    lambda n: ctypes.memmove(target.ctypes.data + n * part, source.ctypes.data + n * part, part),
+                    range(threads),
+                )
+            )
+            took.append(time.perf_counter() - began)
+    return _COPY_BYTES / statistics.median(took) / 1e9
+
+
+def loader_gb_per_s(folder: Path, plan_path: Path, ranks: int, processes: int) -> float:
+    """What the warm reader delivers to a rank that does nothing."""
+    for path in folder.rglob("*.arrow"):
+        path.read_bytes()  # some systems reclaim page cache that was not used for a minute
+    warm_up, delivered, began = 10, 0, 0.0
     with Loader(
-        folder, plan_path, name=uuid.uuid4().hex, groups=GROUPS, local_ranks=1, data_ranks=(0, 1),
-        memory_bytes_max=1 << 28, prefetch_max=4,
+        folder, plan_path, name=uuid.uuid4().hex, groups=GROUPS, local_ranks=1, data_ranks=tuple(range(ranks)),
+        memory_bytes_max=1 << 28, prefetch_max=2, reader_processes=processes,
     ) as loader:  # fmt: skip
-        delivered = 0
+        assert loader.steps > warm_up + 1
         for batch in loader:
             if batch.step == warm_up:
-                began, cpu_began, delivered = time.perf_counter(), _cpu_s(loader.reader_pid), 0
+                began, delivered = time.perf_counter(), 0
             delivered += batch.nbytes
-        cpu_s = _cpu_s(loader.reader_pid) - cpu_began
-        return delivered / (time.perf_counter() - began) / 1e9, delivered / cpu_s / 1e9
+        return delivered / (time.perf_counter() - began) / 1e9
 
 
-def _cpu_s(pid: int) -> float:
-    """Processor time that a process has used, in user and in kernel mode."""
-    return float(sum(psutil.Process(pid).cpu_times()[:2]))
+class ZstandardItself:
+    """The payload of an uncompressed dataset, compressed record batch by record batch as Arrow's default does it."""
+
+    def __init__(self, folder: Path) -> None:
+        dataset = open_dataset(folder)
+        compressor = zstandard.ZstdCompressor(level=1)
+        self._frames, self._bytes = [], 0
+        for group in GROUPS:
+            places = dataset.locations(group)
+            for file, name in enumerate(places["files"]):
+                raw = (folder / name).read_bytes()
+                of_file = places["file"] == file
+                offsets, first = np.unique(places["offset"][of_file], return_index=True)
+                for offset, size in zip(offsets.tolist(), places["bytes"][of_file][first].tolist(), strict=True):
+                    self._frames.append(compressor.compress(raw[offset : offset + size]))
+                    self._bytes += size
+
+    def gb_per_s(self) -> float:
+        decompressor = zstandard.ZstdDecompressor()
+        began = time.perf_counter()
+        for frame in self._frames:
+            decompressor.decompress(frame)
+        return self._bytes / (time.perf_counter() - began) / 1e9
 
 
-def zstandard_gb_per_s(folder: Path) -> tuple[float, float]:
-    """zstandard's own decompression of the same payload, record batch by record batch: by clock and processor time."""
-    dataset = open_dataset(folder)
-    frames, total = [], 0
-    compressor = zstandard.ZstdCompressor(level=1)
-    for group in GROUPS:
-        places = dataset.locations(group)
-        for file, name in enumerate(places["files"]):
-            raw = (folder / name).read_bytes()
-            of_file = np.flatnonzero(places["file"] == file)
-            for offset in np.unique(places["offset"][of_file]).tolist():
-                row = of_file[np.argmax(places["offset"][of_file] == offset)]
-                block = raw[offset : offset + int(places["bytes"][row])]
-                frames.append(compressor.compress(block))
-                total += len(block)
-    decompressor = zstandard.ZstdDecompressor()
-    began, cpu_began = time.perf_counter(), time.process_time()
-    for frame in frames:
-        decompressor.decompress(frame)
-    return total / (time.perf_counter() - began) / 1e9, total / (time.process_time() - cpu_began) / 1e9
+def load(root: Path, plans: Plans) -> dict[str, Any]:
+    """Each figure beside its baseline, in pairs; medians, and medians of the pairs' ratios."""
+    own = ZstandardItself(root / "none")
+    result: dict[str, Any] = {"reader_processes": PROCESSES}
+    cases = {
+        "loader": ("none", NODE_RANKS, PROCESSES, "memcpy"),
+        "loader_1_process": ("none", NODE_RANKS, 1, "memcpy_1"),
+        "loader_small_steps": ("none", FEW_RANKS, PROCESSES, "memcpy"),
+        "loader_zstd": ("zstd", NODE_RANKS, PROCESSES, "zstandard"),
+        "loader_zstd_1_process": ("zstd", NODE_RANKS, 1, "zstandard"),
+        "loader_zstd_small_steps": ("zstd", FEW_RANKS, PROCESSES, "zstandard"),
+    }
+    baselines = {
+        "memcpy": lambda: memcpy_gb_per_s(PROCESSES),
+        "memcpy_1": lambda: memcpy_gb_per_s(1),
+        "zstandard": own.gb_per_s,
+    }
+    seen: dict[str, list[float]] = {}
+    for _ in range(_PAIRS):  # interleaved: both sides meet the machine's slow spells
+        for name, (compression, ranks, processes, baseline) in cases.items():
+            floor = baselines[baseline]()
+            found = loader_gb_per_s(root / compression, plans[compression, ranks], ranks, processes)
+            seen.setdefault(f"{baseline}_gb_per_s", []).append(floor)
+            seen.setdefault(f"{name}_gb_per_s", []).append(found)
+            seen.setdefault(f"{name}_ratio_to_{baseline}", []).append(found / floor)
+    result |= {name: statistics.median(values) for name, values in seen.items()}
+    result["load_average"] = os.getloadavg()[0]
+    return result
 
 
 _RANK = """
@@ -169,7 +220,8 @@ def node_memory(folder: Path, plan_path: Path, ranks: int) -> int:
             process.stdin.write("\n")
             process.stdin.flush()
         reader = int(_lines(running)[0])
-        return sum(_pss(p.pid) for p in running) + _pss(reader) - idle
+        helpers = [child.pid for child in psutil.Process(reader).children()]
+        return sum(_pss(pid) for pid in [*(p.pid for p in running), reader, *helpers]) - idle
     finally:
         for process in running:
             process.communicate()
@@ -204,72 +256,101 @@ def ours_samples_per_s(folder: Path, plan_path: Path) -> float:
     return count / (time.perf_counter() - began - started)
 
 
-def run(count: int, plan_count: int, root: Path) -> dict[str, Any]:
+def prepare(root: Path, count: int, compressions: Sequence[str]) -> tuple[list[Sample], Plans]:
+    """The same samples with and without compression, and plans for one rank, two and eight."""
     members = list(data.samples(count))
-    result: dict[str, Any] = {"samples": count, "tokens": sum(s.length for s in members)}
-    plans: dict[str, dict[int, Path]] = {}
-    for compression in ("none", "zstd"):
-        folder = root / compression
-        data.seal(folder, members, compression)
-        plans[compression] = {}
-        for ranks in (1, 2):
-            plans[compression][ranks] = root / f"{compression}-{ranks}.arrow"
+    plans = {}
+    for compression in compressions:
+        data.seal(root / compression, members, compression)
+        for ranks in (1, FEW_RANKS, NODE_RANKS):
+            plans[compression, ranks] = root / f"{compression}-{ranks}.arrow"
             spec = PlanSpec(token_budget=data.BUDGET, ranks=ranks, bins_per_rank=2)
-            plan(open_dataset(folder), spec).write(plans[compression][ranks])
+            plan(open_dataset(root / compression), spec).write(plans[compression, ranks])
+    return members, plans
+
+
+def section_plan(root: Path, quick: bool) -> dict[str, Any]:
+    prepare(root, 400 if quick else 1600, ["none"])
+    many = plan_many(root / "many", 1_000_000 if quick else 10_000_000)
+    names = {"planned": "plan_samples", "seconds": "plan_seconds", "peak_rss_gib": "plan_peak_rss_gib"}
+    result: dict[str, Any] = {"plan_bytes_ratio": plan_bytes_ratio(root / "none")}
+    result |= {new: many[old] for old, new in names.items()}
+    result |= {"plan_samples_per_s": many["samples_per_s"]}
+    return result | {name: many[name] for name in ("packing_fill", "rank_imbalance")} | whole_groups(root / "none")
+
+
+def whole_groups(folder: Path) -> dict[str, Any]:
+    """How full the rows are when no group of eight is split across steps."""
+    spec = PlanSpec(token_budget=data.BUDGET, ranks=NODE_RANKS, bins_per_rank=2, whole_groups=True)
+    report = plan(open_dataset(folder), spec).report
+    assert report is not None
+    return {"whole_groups_packing_fill": report.packing_fill, "whole_groups_rank_imbalance": report.rank_imbalance}
+
+
+def section_load(root: Path, quick: bool) -> dict[str, Any]:
+    members, plans = prepare(root, 1600 if quick else 3200, ["none", "zstd"])
+    return {"samples": len(members), "tokens": sum(s.length for s in members)} | load(root, plans)
+
+
+def section_memory(root: Path, quick: bool) -> dict[str, Any]:
+    members, _ = prepare(root, 400 if quick else 1600, ["none"])
     big_step = root / "big-step.arrow"
-    bins = max(1, result["tokens"] // data.BUDGET // 3)
+    bins = max(1, sum(s.length for s in members) // data.BUDGET // 3)
     plan(open_dataset(root / "none"), PlanSpec(token_budget=data.BUDGET, bins_per_rank=bins)).write(big_step)
-
-    result["plan_bytes_ratio"] = plan_bytes_ratio(root / "none")
-    many = plan_many(root / "many", plan_count)
-    result |= {
-        "plan_samples": many["planned"],
-        "plan_seconds": many["seconds"],
-        "plan_samples_per_s": many["samples_per_s"],
-        "plan_peak_rss_gib": many["peak_rss_gib"],
-        "packing_fill": many["packing_fill"],
-        "rank_imbalance": many["rank_imbalance"],
-    }
-    copies, loads, zstd_own, zstd_loads = [], [], [], []
-    for _ in range(5):  # interleaved: both sides meet the machine's slow spells
-        copies.append(memcpy_gb_per_s())
-        loads.append(loader_gb_per_s(root / "none", plans["none"][2]))
-    for _ in range(3):
-        zstd_own.append(zstandard_gb_per_s(root / "none"))
-        zstd_loads.append(loader_gb_per_s(root / "zstd", plans["zstd"][2]))
-    for name, base, load, baseline in (
-        ("loader", "memcpy", loads, copies),
-        ("loader_zstd", "zstandard", zstd_loads, zstd_own),
-    ):
-        ratio = "loader_ratio_to_memcpy" if base == "memcpy" else "loader_ratio_to_zstandard"
-        for which, suffix in ((0, ""), (1, "_cpu")):
-            result[f"{base}_gb_per_s{suffix}"] = statistics.median(x[which] for x in baseline)
-            result[f"{name}_gb_per_s{suffix}"] = statistics.median(x[which] for x in load)
-            pairs = zip(load, baseline, strict=True)
-            result[ratio + suffix] = statistics.median(a[which] / b[which] for a, b in pairs)
-    result["load_average"] = os.getloadavg()[0]
     one, eight = (node_memory(root / "none", big_step, ranks) for ranks in (1, 8))
-    result |= {"node_memory_bytes_1_rank": one, "node_memory_bytes_8_ranks": eight}
-    result["node_memory_ratio_8_ranks"] = eight / one
+    result: dict[str, Any] = {"node_memory_bytes_1_rank": one, "node_memory_bytes_8_ranks": eight}
+    return result | {"node_memory_ratio_8_ranks": eight / one}
 
-    order = np.random.default_rng(0).permutation(count)
-    result["ours_samples_per_s"] = ours_samples_per_s(root / "none", plans["none"][1])
-    result["ours_zstd_samples_per_s"] = ours_samples_per_s(root / "zstd", plans["zstd"][1])
-    result["datasets_samples_per_s"] = peers.hugging_face(members, root, order)
-    result["torch_save_samples_per_s"] = peers.torch_save(members, root, order)
-    result["mosaicml_streaming_samples_per_s"], why = peers.mosaic_streaming(members, root, order)
-    if why:
-        result["mosaicml_streaming_absent"] = why
-    return result
+
+def section_peers(root: Path, quick: bool) -> dict[str, Any]:
+    members, plans = prepare(root, 400 if quick else 1600, ["none", "zstd"])
+    order = np.random.default_rng(0).permutation(len(members))
+    seen: dict[str, list[float]] = {}
+    result: dict[str, Any] = {"peers_samples": len(members)}
+    for turn in range(3):  # interleaved
+        folder = root / f"peers-{turn}"
+        folder.mkdir()
+        mosaic, why = peers.mosaic_streaming(members, folder, order)
+        found = {
+            "ours": ours_samples_per_s(root / "none", plans["none", 1]),
+            "ours_zstd": ours_samples_per_s(root / "zstd", plans["zstd", 1]),
+            "datasets": peers.hugging_face(members, folder, order),
+            "torch_save": peers.torch_save(members, folder, order),
+            "mosaicml_streaming": mosaic,
+        }
+        for name, value in found.items():
+            if value is not None:
+                seen.setdefault(f"{name}_samples_per_s", []).append(value)
+        if why:
+            result["mosaicml_streaming_absent"] = why
+    return result | {name: statistics.median(values) for name, values in seen.items()}
+
+
+SECTIONS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "plan": section_plan,
+    "load": section_load,
+    "memory": section_memory,
+    "peers": section_peers,
+}
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer samples; a minute instead of several.")
+@click.option("--quick", is_flag=True, help="Fewer samples; a minute or two instead of several.")
+@click.option("--only", default=",".join(SECTIONS), help="Sections, with commas between them.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
-def main(quick: bool, json_path: Path | None) -> None:
+def main(quick: bool, only: str, json_path: Path | None) -> None:
     """Measure planning and loading."""
-    with tempfile.TemporaryDirectory(prefix="payload-benchmark-") as root:
-        result = run(400 if quick else 1600, 1_000_000 if quick else 10_000_000, Path(root))
+    names = only.split(",")
+    if unknown := set(names) - set(SECTIONS):
+        raise click.UsageError(f"no sections {sorted(unknown)}; there are {list(SECTIONS)}")
+    result: dict[str, Any] = {}
+    if json_path is not None and json_path.exists() and set(names) != set(SECTIONS):
+        result = json.loads(json_path.read_text())
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="payload-benchmark-") as root:
+            result |= SECTIONS[name](Path(root), quick)
+    for stamp in ("date", "quick", "hardware"):
+        result.pop(stamp, None)
     show("payload", ["figure", "value"], [(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in result.items()])
     save(json_path, result, quick=quick)
 
