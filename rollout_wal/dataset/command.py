@@ -183,6 +183,7 @@ def vacuum(folder: str, grace_hours: float, dry_run: bool, as_json: bool) -> Non
 @click.option("--epoch", type=int, default=0, show_default=True, help="Another epoch is another order.")
 @click.option("--domain", "domains", multiple=True, help="Plan only these domains; may be given several times.")
 @click.option("--too-long", type=click.Choice(["error", "skip", "own_batch"]), default="error", show_default=True)
+@click.option("--whole-groups", is_flag=True, help="Never split a group of samples across optimizer steps.")
 @click.option("--current-version", type=int, help="With --max-lag: the policy version that is about to be trained.")
 @click.option("--max-lag", type=int, help="Leave out rollouts that started more versions ago than this.")
 @_json_option

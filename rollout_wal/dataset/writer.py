@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from .columns import ColumnSpec, spec_of
 from .errors import DatasetMismatch, DatasetPoisoned, problem
+from .known_keys import KnownKeys
 from .manifest import Change, Fragment, GroupFile, GroupSpec, Manifest, State
 from .metadata import index_table, metadata_table
 from .new_files import INDEX_FOLDER, METADATA_FOLDER, NewFiles, escape
 from .payload import write_options
-from .reader import Dataset, read_table
+from .reader import Dataset
 from .sample import ColumnGroup, Sample, tokens_crc32c
-from .schema import METADATA_SCHEMA, TOKENS, TOMBSTONE_SCHEMA
+from .schema import TOKENS
 from .storage import Storage
 from .validate import base_columns, check_group, check_specs
 
@@ -95,8 +96,7 @@ class DatasetWriter:
         self._storage = storage or Storage()
         self._manifest = Manifest(self.folder, self._storage)
         self._poison: BaseException | None = None
-        self._known: dict[str, int | None] = {}
-        self._known_files: set[str] = set()
+        self._known = KnownKeys(self.folder)
         if not self._manifest.exists():
             self._guard(lambda: self._manifest.create(writer_id))
         self._state = self._manifest.load()
@@ -133,14 +133,13 @@ class DatasetWriter:
         new: list[Sample] = []
 
         def build(files: NewFiles) -> Change | None:
-            self._learn_keys()
-            new[:] = [s for s in samples if not self._is_known(s.key, checksums[s.key])]
+            self._known.learn(self._state)
+            new[:] = [s for s in samples if not self._known.has(s.key, checksums[s.key])]
             return self._write(files, new, checksums) if new else None
 
         written, change = self.commit(build)
         if change is not None:
-            self._known.update((s.key, checksums[s.key]) for s in new)
-            self._known_files.update(f.metadata.path for f in change.fragments)
+            self._known.add({s.key: checksums[s.key] for s in new}, [f.metadata.path for f in change.fragments])
         return self._info(checksums, [s.key for s in new], written)
 
     def add_columns(self, group: str, columns: Mapping[str, ColumnGroup], *, replace: bool = False) -> CommitInfo:
@@ -201,7 +200,7 @@ class DatasetWriter:
         new: list[str] = []
 
         def build(files: NewFiles) -> Change | None:
-            self._learn_keys()
+            self._known.learn(self._state)
             if unknown := [key for key in wanted if key not in self._known]:
                 raise DatasetMismatch(
                     problem(
@@ -235,8 +234,8 @@ class DatasetWriter:
 
     def known_keys(self) -> Mapping[str, int | None]:
         """Every key that the dataset has or had, with the checksum of its tokens where that is known."""
-        self._learn_keys()
-        return self._known
+        self._known.learn(self._state)
+        return self._known.checksums
 
     def _info(self, asked: Iterable[str], added: Sequence[str], written: int) -> CommitInfo:
         others = set(added)
@@ -333,35 +332,6 @@ class DatasetWriter:
             keys, [group for _, group in members], [checksums[key] for key in keys], payload.path, locations
         )
         return GroupFile(name, payload, files.table(f"{INDEX_FOLDER}/{escape(name)}", file_id, index))
-
-    def _learn_keys(self) -> None:
-        """Read the keys of fragments and tombstones that were committed since the last look."""
-        for entry in self._state.tombstones:
-            if entry.path not in self._known_files:
-                table = read_table(self.folder, entry, TOMBSTONE_SCHEMA, ["sample"])
-                for key in table["sample"].to_pylist():
-                    self._known.setdefault(key, None)
-                self._known_files.add(entry.path)
-        for fragment in self._state.fragments.values():
-            if fragment.metadata.path not in self._known_files:
-                table = read_table(self.folder, fragment.metadata, METADATA_SCHEMA, ["sample", "tokens_crc32c"])
-                self._known.update(zip(table["sample"].to_pylist(), table["tokens_crc32c"].to_pylist(), strict=True))
-                self._known_files.add(fragment.metadata.path)
-
-    def _is_known(self, key: str, checksum: int) -> bool:
-        if key not in self._known:
-            return False
-        there = self._known[key]
-        if there is not None and there != checksum:
-            raise DatasetMismatch(
-                problem(
-                    f"sample {key!r} is in the dataset with tokens of checksum {there:#010x}; the one to be sealed has "
-                    f"{checksum:#010x}",
-                    consequence="A rollout has one outcome, so nothing was written",
-                    remedy="Find out which of the two was delivered; keys must be unique to a rollout",
-                )
-            )
-        return True
 
     def _guard(self, work: Callable[[], _T]) -> _T:
         """Run `work`; after an I/O error refuse everything from then on."""

@@ -389,6 +389,8 @@ def test_the_command_line(tmp_path: Path, make_sample: MakeSample) -> None:
     assert run("tombstone", both, "job/3", "--reason", "bad")["tombstoned"] == 1
     planned = run("plan", both, tmp_path / "plan.arrow", "--token-budget", 64, "--domain", "math")
     assert planned["planned"] == 5
+    whole = run("plan", both, tmp_path / "whole.arrow", "--token-budget", 128, "--whole-groups")
+    assert whole["planned"] >= 5
     assert run("verify", both)["faults"] == []
     assert run("retain", both, "--tokens-max", 32)["gone"] == 11
     assert run("vacuum", both, "--grace-hours", -1, "--dry-run")["deleted"] is False
