@@ -8,13 +8,13 @@ A runner of tool-calling rollouts needs to know no more of this package than a s
 
 - `call` is awaited only once the tokens up to `position`, the last token of the request, are durable in the
   rollout's own log. When it returns, the outcome is durable here: the observation may be logged and shown.
-- On a resumed rollout the runner repeats its calls in order, with the same positions and a higher `attempt`; those
-  that are in the log are answered from it.
+- When the runner itself is a new one, it repeats a rollout's calls in order, with the same positions and a higher
+  `attempt`; those that are in the log are answered from it. Within one runner's life `attempt` stays the same.
 - What a model gets wrong (an unknown tool, bad arguments) is a result with `ok` false, and the same every time. It
   touches no sandbox and is not logged.
 - `InDoubt` and the other errors of this package are for the runner: the rollout cannot go on from here. Nothing was
   guessed.
-- `release` says that the rollout is over.
+- `release` says that the rollout is over, or that this runner makes no more calls for it.
 """
 
 from __future__ import annotations
