@@ -100,34 +100,88 @@ def test_hugging_face_datasets(dataset: Dataset, expected: list[Sample], tmp_pat
 
 
 MILLION = """
-import resource, sys, uuid
+import os, resource, sys, uuid
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from rollout_wal.dataset import (ColumnGroup, DatasetWriter, Masked, PlanSpec, Sample, SegmentKind, open_dataset, plan)
+from rollout_wal.backend.finished import FinishedRollout
+from rollout_wal.dataset import ColumnGroup, DatasetWriter, PlanSpec, open_dataset, plan
 from rollout_wal.dataset.collate import collate_packed
 from rollout_wal.dataset.loader import Loader
+from rollout_wal.delivery import to_sample
+from rollout_wal.engines.base import EngineInfo, FinishReason
+from rollout_wal.log.policy import SyncPolicy
+from rollout_wal.params import SamplingParams
+from rollout_wal.wal import RolloutWal
 
 folder, length = Path(sys.argv[1]), int(sys.argv[2])
+prompt_length = 1000
 rng = np.random.default_rng(0)
-kinds = np.full(length, SegmentKind.SAMPLED, np.uint8)
-kinds[:1000] = SegmentKind.PROMPT
-valid = kinds == SegmentKind.SAMPLED
+token_ids = rng.integers(0, 150_000, length, dtype=np.int32)
 logprobs = -rng.exponential(size=length).astype(np.float32)
 topk = ColumnGroup({"topk_ids": rng.integers(0, 150_000, (length, 8), dtype=np.int32)})
+info = EngineInfo("test", "1", "a" * 32, "b" * 32, "c" * 32, "d" * 32, 150_000, 1 << 21, (0,))
+sampling = SamplingParams(max_tokens=length)
 
 
-def sample(token_ids):
-    # The one seam: a caller may have taken the tokens from a recovered log.
-    return Sample(key="long", rollout=0, token_ids=token_ids, prompt_length=1000, segment_kinds=kinds,
-                  logprobs=Masked(logprobs, valid), sampling_logprobs=Masked(logprobs, valid),
-                  policy_runs=((1, length - 1000),), groups={"teacher.math": topk})
+def engine(name, start, stop, attempt, rollout):
+    # A worker that logs its steps and dies without closing anything, a thousand tokens behind its last sync.
+    pid = os.fork()
+    if pid == 0:
+        wal_path = folder / "wal"
+        from rollout_wal.engine_log import EngineLog
+        log = EngineLog.open(wal_path / "engines" / name, policy=SyncPolicy("group"))
+        log.engine({"engine": "test"})
+        log.policy(attempt, "b" * 32)
+        log.bind(0, rollout, attempt, start - prompt_length)
+        slot, running = np.zeros(1, np.uint16), np.zeros(1, np.uint8)
+
+        def sample_until(at, end):
+            lsn = 0
+            while at < end:
+                # A token at a time, then several, as an engine that speculates does.
+                count = 1 if at < start + 50_000 else min(8, end - at)
+                here = slice(at, at + count)
+                lsn = log.append_step(slot, token_ids[here].astype(np.uint32), running, logprobs[here], logprobs[here],
+                                      count_R=np.array([count], np.uint16))
+                at += count
+            return lsn
+
+        log.wait_durable(sample_until(start, stop))
+        sample_until(stop, min(stop + 1000, length))
+        os.kill(os.getpid(), 9)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == 9
 
 
-token_ids = rng.integers(0, 150_000, length, dtype=np.int32)
+wal = RolloutWal.open(folder / "wal")
+wal.declare_engine(info)
+rollout = wal.begin(token_ids[:prompt_length], sampling, seed=1)
+for attempt, stop in ((1, 600_000), (2, length)):
+    record = wal.attempt(rollout, str(attempt))
+    assert record.attempt == attempt
+    wal.log.wait_durable()
+    wal.close()
+    engine(str(attempt), record.start + prompt_length, stop, attempt, rollout)
+    wal = RolloutWal.open(folder / "wal")  # recovery
+    assert prompt_length + len(wal.tokens(rollout)) >= stop, "durable tokens were lost"
+wal.finish(rollout, FinishReason.MAX_TOKENS)
+wal.log.wait_durable()
+wal.close()
+wal = RolloutWal.open(folder / "wal")
+output = wal.tokens(rollout)
+assert np.array_equal(output.token_T, token_ids[prompt_length:])
+assert set(output.version_T.tolist()) == {1, 2}
+state = wal.rollout(rollout)
+finished = FinishedRollout(rollout, "long", "", 0, "", state.begin.prompt, output, FinishReason.MAX_TOKENS, None, 1, 1,
+                           {})
+sample = replace(to_sample(finished, info, sampling), groups={"teacher.math": topk})
+assert np.array_equal(sample.logprobs.values[prompt_length:], logprobs[prompt_length:])
+
 for compression in ("none", "zstd"):
     where = folder / compression
-    DatasetWriter(where, writer_id="w", compression={"tokens": compression}, default_compression=compression).seal(
-        [sample(token_ids)])
+    DatasetWriter(where, writer_id="w", check_fence=wal.log.fence.check, compression={"tokens": compression},
+                  default_compression=compression).seal([sample])
     made = plan(open_dataset(where), PlanSpec(token_budget=length))
     made.write(where / "plan.arrow")
     with Loader(where, where / "plan.arrow", name=uuid.uuid4().hex, groups=("tokens", "teacher.math"),
@@ -140,19 +194,24 @@ for compression in ("none", "zstd"):
             reader = Path(f"/proc/{loader.reader_pid}/status").read_text()
             peak = next(int(l.split()[1]) for l in reader.splitlines() if l.startswith("VmHWM"))
             print(peak * 1024, flush=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+wal.delivered([rollout])
+wal.release([rollout])
+wal.log.wait_durable()
+wal.close()
+for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+    print(resource.getrusage(who).ru_maxrss * 1024)
 """
 
 
 @pytest.mark.slow
 def test_a_million_tokens_under_two_gib(tmp_path: Path) -> None:
-    """Sealing, planning, loading and collating in one process; that and its reader are measured, by the kernel."""
+    """Logging by workers that are killed, recovery, sealing, planning, loading, collating; each process is measured."""
     command = [sys.executable, "-c", MILLION, str(tmp_path), "1000000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    *readers, rank = (int(line) for line in done.stdout.split())
+    *readers, rank, worker = (int(line) for line in done.stdout.split())
     assert len(readers) == 2
-    assert rank + max(readers) < 2 << 30
+    assert rank + max(*readers, worker) < 2 << 30
 
 
 @settings(max_examples=60, deadline=None)
