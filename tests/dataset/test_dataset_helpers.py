@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import zstandard
 
@@ -172,3 +173,14 @@ def test_a_child_that_a_rank_forks_lets_go_of_nothing(dataset: Dataset, planned:
         assert rest + len(batch.samples) == len(keys)
         for sample, tokens in zip(batch.samples, expected, strict=True):
             np.testing.assert_array_equal(sample.tokens.array("token_ids"), tokens)
+
+
+def test_helpers_leave_with_a_reader_that_is_killed(dataset: Dataset, planned: Path) -> None:
+    """And with them the last that maps its memory, but for what the rank holds."""
+    with Loader(dataset.folder, planned, name=uuid.uuid4().hex, reader_processes=3, timeout_s=20) as source:
+        assert source.next() is not None
+        children = psutil.Process(source.reader_pid).children()
+        assert len(children) == 2
+        os.kill(source.reader_pid, signal.SIGKILL)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
