@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..audit.demo import bias_of, demo_report
+from ..audit.demo import bias_of, demo_page
 from ..audit.lengths import LengthDistribution
 from ..audit.policies import Restart, Resume
 from ..audit.schedules import constant
 from ..audit.theory import predict
+from .snapshots import print_snapshots, snapshot_section, summarise_snapshots
 from .tasks import prepare
 from .variants import Plan, Result, Variants
 
@@ -29,8 +31,11 @@ TITLES = {
     "early_delivery": "resume, delivered before durable, fresh noise",
     "wal": "the log, output commit, fresh noise",
     "wal_keyed": "the log, output commit, keyed noise",
+    "wal_kv": "the log, output commit, keyed noise, KV snapshots",
     "regenerate": "regenerate from the same seed",
 }
+#: Runs that are compared token for token; their lengths say nothing that the others do not.
+_PROOFS = ("wal_keyed", "wal_kv")
 
 
 def run_demo(out: Path, plan: Plan, console: Console) -> dict[str, Any]:
@@ -63,6 +68,7 @@ def run_demo(out: Path, plan: Plan, console: Console) -> dict[str, Any]:
         ("early_delivery", baseline("early")),
         ("wal", lambda name: variants.with_log(name, noise="attempt", kills=True)),
         ("wal_keyed", lambda name: variants.with_log(name, noise="position", kills=True)),
+        ("wal_kv", lambda name: variants.with_log(name, noise="position", kills=True, kv=True)),
         ("regenerate", baseline("regenerate")),
     ]
     results: dict[str, Result] = {}
@@ -70,10 +76,17 @@ def run_demo(out: Path, plan: Plan, console: Console) -> dict[str, Any]:
         console.print(f"\n[bold]{number}/{len(steps)}[/] {TITLES[name]}")
         results[name] = variants.once(name, run)
     summary = summarise(results, plan)
+    summary["kv_snapshots"] = summarise_snapshots(
+        results["wal_keyed"],
+        results["wal_kv"],
+        identical(results["wal_kv"], results["uninterrupted"]),
+        variants.resume_times(_typical_lengths(results["uninterrupted"], prompts.tokens, plan)),
+    )
     _print(console, summary, results)
-    page = demo_report(
+    print_snapshots(console, summary["kv_snapshots"])
+    page = demo_page(
         summary,
-        {name: r.length_N for name, r in results.items() if name != "wal_keyed"},
+        {name: r.length_N for name, r in results.items() if name not in _PROOFS},
         prompts={name: np.repeat(np.arange(plan.prompts), plan.group_size) for name in results},
         predicted=_laws(results, plan),
         title="Rollouts that survive",
@@ -81,7 +94,8 @@ def run_demo(out: Path, plan: Plan, console: Console) -> dict[str, Any]:
         f"hazard {plan.hazard:.4f} per token",
         notes=_notes(summary, plan),
     )
-    _replace(out / "report.html", page)
+    page.sections.insert(-1, snapshot_section(summary["kv_snapshots"], plan.kv_every))  # before how it was made
+    _replace(out / "report.html", page.html())
     _replace(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(f"\nreport   {out / 'report.html'}\nsummary  {out / 'summary.json'}")
     return summary
@@ -95,7 +109,7 @@ def summarise(results: dict[str, Result], plan: Plan) -> dict[str, Any]:
     predicted = {name: law.mean for name, law in _laws(results, plan).items()}
     variants: dict[str, Any] = {}
     for name, r in results.items():
-        if name == "wal_keyed":
+        if name in _PROOFS:
             continue
         estimate = bias_of(r.length_N, reference.length_N, prompt_N=prompt_N, reference_prompt_N=prompt_N)
         low, high = (0.0, 0.0) if name == "uninterrupted" else (estimate.ci_low, estimate.ci_high)
@@ -134,6 +148,12 @@ def summarise(results: dict[str, Result], plan: Plan) -> dict[str, Any]:
 def identical(one: Result, other: Result) -> bool:
     """The same rollouts, token for token."""
     return np.array_equal(one.length_N, other.length_N) and np.array_equal(one.token_F, other.token_F)
+
+
+def _typical_lengths(result: Result, prompts: Sequence[NDArray[np.int32]], plan: Plan) -> list[int]:
+    """Tokens of prompt and output: of the median rollout, and of the longest."""
+    prompt_N = np.repeat([len(p) for p in prompts], plan.group_size)
+    return [int(np.quantile(prompt_N + result.length_N, q)) for q in (0.5, 1.0)]
 
 
 def _laws(results: dict[str, Result], plan: Plan) -> dict[str, LengthDistribution]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backend import EngineSpec, RolloutBackend
+from ..kv import KvConfig
 from ..params import SamplingParams
 from ..prompts import rollout_seed
 from ..testing.witness import Witness
 from .baseline import Baseline, Mode
 from .killer import BackendKiller, KillSchedule
+from .resuming import ResumeTime, time_to_resume
 from .tasks import Prompts
 
 
@@ -35,6 +37,8 @@ class Plan:
     max_tokens: int = 400
     hazard: float = 1 / 150
     lag: int = 20
+    kv_every: int = 16
+    """Tokens between two snapshots of a rollout's KV, in the variant that keeps them."""
     seed: int = 0
 
     @property
@@ -55,6 +59,16 @@ class Result:
     tokens_recomputed: int
     seconds: float
     balance: str = ""
+    resumed: int = 0
+    """Attempts that went on after a death."""
+    tokens_loaded: int = 0
+    """Output tokens whose KV came from a snapshot."""
+    snapshots: int = 0
+    seconds_resuming: float = 0.0
+    """From each death until its rollouts were submitted again, summed over rollouts."""
+    seconds_loading: float = 0.0
+    """What reading snapshots took, summed over rollouts."""
+    kv_fallbacks: dict[str, int] = field(default_factory=dict)
 
     def save(self, folder: Path, name: str) -> None:
         """Whole or not at all."""
@@ -94,8 +108,8 @@ class Variants:
             shutil.rmtree(self.folder / f"{name}.wal", ignore_errors=True)
         return result
 
-    def with_log(self, name: str, *, noise: Any, kills: bool) -> Result:
-        """RolloutBackend, with or without kills. Its log is what a killed demo goes on from."""
+    def with_log(self, name: str, *, noise: Any, kills: bool, kv: bool = False) -> Result:
+        """RolloutBackend, with or without kills and KV snapshots. Its log is what a killed demo goes on from."""
         plan, started = self.plan, time.monotonic()
         path = self.folder / f"{name}.wal"
         outputs: dict[int, NDArray[np.int32]] = {}
@@ -109,6 +123,7 @@ class Variants:
                 slots=plan.slots,
                 segment_bytes=1 << 20,
                 witness=str(witness.path),
+                kv=KvConfig(str(path / "kv"), every_tokens=plan.kv_every) if kv else None,
             ) as backend,
         ):
             killer = BackendKiller(backend, self.schedule) if kills else None
@@ -129,7 +144,7 @@ class Variants:
             if killer is not None:
                 killer.stop()
             stats, balance = backend.stats, backend.balance()
-            return _result(
+            result = _result(
                 outputs,
                 interruptions=sum(interruptions.values()),
                 interrupted_rollouts=sum(n > 0 for n in interruptions.values()),
@@ -139,6 +154,25 @@ class Variants:
                 seconds=time.monotonic() - started,
                 balance=f"{balance}{'' if balance.holds else '  ** DOES NOT HOLD **'}",
             )
+            return replace(
+                result,
+                resumed=stats.resumed,
+                tokens_loaded=stats.tokens_loaded,
+                snapshots=stats.snapshots,
+                seconds_resuming=stats.seconds_resuming,
+                seconds_loading=stats.seconds_loading,
+                kv_fallbacks=dict(stats.kv_fallbacks),
+            )
+
+    def resume_times(self, lengths: list[int]) -> list[ResumeTime]:
+        """How long a resumed rollout of so many tokens waits for its next token."""
+        path = self.folder / "resume.json"
+        if not path.is_file():
+            times = time_to_resume(self._model, lengths, self.folder)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps([asdict(t) for t in times]))
+            os.replace(temporary, path)
+        return [ResumeTime(**t) for t in json.loads(path.read_text())]
 
     def baseline(self, name: str, *, mode: Mode, tick: Callable[[int], None]) -> Result:
         """What others do."""
