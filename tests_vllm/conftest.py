@@ -6,12 +6,18 @@ one embedded engine per process; servers and workers are processes of their own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +29,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,6 +49,9 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
 }
 FACTORY = "rollout_wal.engines.vllm.engine:VllmEngine.from_folder"
+
+
+pytest_plugins = ["rollout_wal.testing.conformance"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -147,7 +158,138 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
         time.sleep(0.005)
 
 
+class Server:
+    """`vllm serve` with the log inside, and its processes."""
+
+    def __init__(self, model: Path, log: Path, stderr: Path, *, one_process: bool = False, **options: Any) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        config = {"rollout_wal": {"log": str(log), **options.pop("config", {})}}
+        arguments = {
+            "--host": "127.0.0.1",
+            "--port": self.port,
+            "--dtype": "float32",
+            "--block-size": 32,
+            "--max-num-seqs": 8,
+            "--scheduler-cls": "rollout_wal.engines.vllm.scheduler.LoggingScheduler",
+            "--logits-processors": "rollout_wal.engines.vllm.processor:PositionNoise",
+            "--additional-config": json.dumps(config),
+            **options,
+        }
+        # What `vllm serve` runs; the command itself asks for a distribution named vllm, which vllm-cpu is not.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--enforce-eager"]
+        for name, value in arguments.items():
+            command += [name, str(value)]
+        # In one process (per engine core) the sampler's log-probabilities are at hand, and a start is faster.
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not one_process))}
+        with stderr.open("ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=env)
+        self.pids: dict[str, int] = {}
+
+    def wait_ready(self, timeout_s: float = 180.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            assert self.process.poll() is None, "the server ended while it started"
+            assert time.monotonic() < deadline, "the server did not start in time"
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            title = child.cmdline()[:1] or [child.name()]
+            for name in ("EngineCore", "Worker"):
+                if name in title[0]:
+                    self.pids[name] = child.pid
+        self.pids["FrontEnd"] = self.process.pid
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def kill(self, what: str) -> None:
+        """SIGKILL to "EngineCore", "Worker", "FrontEnd", or to "Tree": all of them. "Term": SIGTERM to all."""
+        if what in ("Tree", "Term"):
+            os.killpg(self.process.pid, signal.SIGKILL if what == "Tree" else signal.SIGTERM)
+        else:
+            os.kill(self.pids[what], signal.SIGKILL)
+
+    def wait_dead(self, timeout_s: float = 90.0) -> None:
+        """Until the front end is gone: vLLM ends it when its engine is dead."""
+        self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        """Whatever is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in self.pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Heard:
+    """What a client has of one rollout."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str | None = None
+    failed: bool = False
+
+
+async def stream(url: str, body: dict[str, Any], heard: Heard) -> Heard:
+    """One streamed completion; `heard` grows with each chunk."""
+    try:
+        timeout = httpx.Timeout(120.0)
+        async with (
+            httpx.AsyncClient(timeout=timeout) as client,
+            client.stream("POST", f"{url}/v1/completions", json=body) as response,
+        ):
+            if response.status_code != 200:
+                raise AssertionError((await response.aread()).decode())
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    heard.failed = True
+                    return heard
+                for choice in chunk["choices"]:
+                    heard.tokens += choice.get("token_ids") or []
+                    heard.logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
+                    heard.finish = choice["finish_reason"] or heard.finish
+    except httpx.HTTPError:
+        heard.failed = True
+    return heard
+
+
+@pytest.fixture
+def serve(model: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(**options: Any) -> Server:
+        servers.append(Server(options.pop("model", model), tmp_path / "wal", tmp_path / "server.log", **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+    if any(s.process.returncode not in (0, -signal.SIGKILL) for s in servers):
+        print((tmp_path / "server.log").read_text()[-8000:])
+
+
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
     """What test modules share: they cannot import one another."""
-    return SimpleNamespace(request_of=request_of, drive=drive, wait_until=wait_until, OPTIONS=OPTIONS, FACTORY=FACTORY)
+    return SimpleNamespace(
+        request_of=request_of,
+        drive=drive,
+        wait_until=wait_until,
+        stream=stream,
+        Heard=Heard,
+        OPTIONS=OPTIONS,
+        FACTORY=FACTORY,
+    )

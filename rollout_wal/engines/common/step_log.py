@@ -130,18 +130,9 @@ class StepLog(Generic[Held]):
         Raises:
             BadInput: an attempt that is not newer than one that the log knows, or a start beyond what is logged.
         """
+        number = self.check_attempt(rollout, attempt)
         self.release(rollout)
         logged = self.logged(rollout)
-        last = max(self._attempts.get(rollout, [0]))
-        number = last + 1 if attempt is None else attempt
-        if number <= last:
-            raise BadInput(
-                problem(
-                    f"attempt {number} of rollout {rollout} is not newer than attempt {last}, which is in the log",
-                    consequence="It was not begun: what it sampled would be ignored by every recovery",
-                    remedy="Number attempts upwards from what the log holds, or leave the number out",
-                )
-            )
         slot = self._free.pop() if self._free else self._next_slot
         self._next_slot = max(self._next_slot, slot + 1)
         self._lsn = self._log.bind(slot, rollout, number, len(logged) if start is None else start)
@@ -150,6 +141,23 @@ class StepLog(Generic[Held]):
         self._attempts.setdefault(rollout, []).append(number)
         self._idle.pop(rollout, None)
         return Bound(slot, number, logged)
+
+    def check_attempt(self, rollout: int, attempt: int | None) -> int:
+        """The number that an attempt would have, without beginning it.
+
+        Raises:
+            BadInput: one that is not newer than what the log knows.
+        """
+        last = max(self._attempts.get(rollout, [0]))
+        if attempt is not None and attempt <= last:
+            raise BadInput(
+                problem(
+                    f"attempt {attempt} of rollout {rollout} is not newer than attempt {last}, which is in the log",
+                    consequence="It was not begun: what it sampled would be ignored by every recovery",
+                    remedy="Number attempts upwards from what the log holds, or leave the number out",
+                )
+            )
+        return last + 1 if attempt is None else attempt
 
     def release(self, rollout: int) -> None:
         """The rollout runs no longer: it ended, or was aborted or cut off. What it logged stays, for a resume."""

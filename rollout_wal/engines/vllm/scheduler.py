@@ -15,6 +15,7 @@ A subclass of vLLM's scheduler and nothing else: `update_from_output` logs and h
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -43,6 +44,8 @@ from . import support
 from .model import eos_of, info_message, info_of, quick_digest
 from .processor import PLAN, PositionNoise, plan_of
 from .request import RolloutSpec, named, noise_key, rollout_id, sampling_of, spec_of
+
+logger = logging.getLogger(__name__)
 
 _CONFIG: Final = "rollout_wal"
 _ENVIRONMENT: Final = "ROLLOUT_WAL_VLLM_LOG"
@@ -87,9 +90,19 @@ class _Logging(Scheduler):
         if spec is None or request.request_id in self.requests:
             super().add_request(request)
             return
+        try:
+            self._add_rollout(request, spec)
+        except BadInput as error:
+            # Raised here it would end the engine core, and with it everybody's requests.
+            logger.warning("request %s is refused: %s", request.request_id, error)
+            refused = EngineCoreOutput(request.request_id, [], finish_reason=VllmFinish.ERROR)
+            self._log.hold(_outputs(request.client_index, refused))
+
+    def _add_rollout(self, request: VllmRequest, spec: RolloutSpec) -> None:
         if spec.release:
             self._log.forget(named(self._log.rollouts(), spec.release))
         member = _Member(spec, request, self._eos, self.max_model_len)
+        self._log.check_attempt(member.rollout, spec.attempt)  # before anything that runs is cut off
         self._cut_off(member.rollout)
         logged = self._log.logged(member.rollout) if not spec.prefix else None
         if logged is not None and len(logged):
@@ -97,6 +110,13 @@ class _Logging(Scheduler):
             if reason is not FinishReason.RUNNING:
                 # It had ended before: nothing is decoded, and nothing more is logged.
                 self._log.hold(member.replay(logged, reason))
+                return
+        if member.sampled:
+            # max_tokens counts over all resumes, whoever resumes.
+            request.max_tokens -= member.sampled
+            if request.max_tokens <= 0:
+                over = EngineCoreOutput(request.request_id, [], finish_reason=VllmFinish.LENGTH)
+                self._log.hold(_outputs(member.client, over))
                 return
         bound = self._log.bind(member.rollout, spec.attempt, start=spec.prefix if spec.prefix else None)
         member.slot = bound.slot
@@ -249,6 +269,14 @@ class _Member:
         self.sampled = spec.prefix - len(spec.observed)
         self.cut = len(self.prompt) - spec.prefix
         self.observed = spec.observed
+        if not len(self.prompt) - spec.prefix > 0 or any(not 0 <= i < spec.prefix for i in spec.observed):
+            raise BadInput(
+                problem(
+                    f"{spec.prefix} of the {len(self.prompt)} prompt tokens of rollout {spec.name!r} are output",
+                    consequence="It was not accepted",
+                    remedy="Submit token ids, at least one before the prefix, and observed indexes within it",
+                )
+            )
         self.slot = -1
         self.biased = bool(params.logit_bias or params.allowed_token_ids or params.bad_words)
         """Whether something changes the distribution that the project's parameters do not know."""
