@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ...backend import EngineSpec
     from ...engines.base import Engine
     from .backend_checks import KilledBackend
-    from .live_checks import LiveBackend
+    from .live_checks import LiveBackend, LiveRun
     from .settings import Conformance
 
 
@@ -93,6 +93,16 @@ def conformance_live_backend() -> Callable[[], LiveBackend]:
 def conformance_live_keyed() -> bool:
     """Override with False for a backend whose noise is not a function of (seed, position)."""
     return True
+
+
+@pytest.fixture(scope="session")
+def conformance_live_calm(
+    conformance_live_backend: Callable[[], LiveBackend], conformance_settings: Conformance
+) -> LiveRun:
+    """The uninterrupted run of that backend."""
+    from .live_checks import run_live
+
+    return run_live(conformance_live_backend, conformance_settings)
 
 
 @pytest.fixture

@@ -13,21 +13,14 @@ from .settings import Conformance
 class LiveConformance:
     """What any backend owes that is submitted to, interrupted and collected from."""
 
-    @pytest.fixture(scope="class")
-    def calm(
-        self, conformance_live_backend: Callable[[], checks.LiveBackend], conformance_settings: Conformance
-    ) -> checks.LiveRun:
-        """The uninterrupted run."""
-        return checks.run_live(conformance_live_backend, conformance_settings)
-
-    def test_uninterrupted(self, calm: checks.LiveRun, conformance_settings: Conformance) -> None:
-        checks.each_once_live(calm, conformance_settings)
+    def test_uninterrupted(self, conformance_live_calm: checks.LiveRun, conformance_settings: Conformance) -> None:
+        checks.each_once_live(conformance_live_calm, conformance_settings)
 
     @pytest.mark.parametrize("when", list(checks.LIVE_DEATHS), ids=lambda when: when.replace(" ", "-"))
     def test_interrupted(
         self,
         when: str,
-        calm: checks.LiveRun,
+        conformance_live_calm: checks.LiveRun,
         conformance_live_backend: Callable[[], checks.LiveBackend],
         conformance_settings: Conformance,
         conformance_live_keyed: bool,
@@ -36,6 +29,6 @@ class LiveConformance:
             conformance_live_backend,
             conformance_settings,
             checks.LIVE_DEATHS[when],
-            calm,
+            conformance_live_calm,
             keyed=conformance_live_keyed,
         )
