@@ -202,8 +202,9 @@ def three_policy_loss(
         c_t = sg[π_prox(y_t) / π_behav(y_t)],   r_t = π_train(y_t) / π_prox(y_t)
         L = −mean_t c_t · min(r_t Â_t, clip(r_t, 1 − ε_low, 1 + ε_high) Â_t)
 
-    Source: decoupled PPO, Hilton et al. 2022, arXiv:2110.00641, as in asynchronous Nemotron 3 Ultra. The same shape as
-    `truncated_importance_loss`, with a proximal policy of one's choice and a correction that is not capped by default.
+    Source: decoupled PPO, "Batch size-invariance for policy optimization", Hilton et al. 2022, arXiv:2110.00641, as in
+    asynchronous Nemotron 3 Ultra. The same shape as `truncated_importance_loss`, with a proximal policy of one's choice
+    and a correction that is not capped by default.
 
     Args:
         correction_cap: truncate c_t here; None: never.

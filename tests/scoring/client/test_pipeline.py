@@ -143,15 +143,14 @@ def test_stale_rollouts_are_dropped_by_their_first_token_and_counted_by_length(
     assert open_dataset(tmp_path / "d").num_samples == 16  # the dataset keeps what the learner does not get
 
 
-def test_replay_has_a_limit_that_a_restart_keeps(kin: Any, host: Any, sources: Any, tmp_path: Path) -> None:
+def test_replay_has_a_limit_that_another_pipeline_keeps(
+    backend: RolloutBackend, host: Any, sources: Any, tmp_path: Path
+) -> None:
     target = host(sources).target
     uses: list[tuple[int, int]] = []
     state: dict[str, Any] = {}
     for stop_after in (3, 99):
-        with (
-            RolloutBackend(kin(0), tmp_path / "wal", slots=8, segment_bytes=1 << 18) as backend,
-            pipeline(backend, tmp_path / "d", target, 3, options={"replay": 2}, state=state) as pipe,
-        ):
+        with pipeline(backend, tmp_path / "d", target, 3, options={"replay": 2}, state=state) as pipe:
             for count, batch in enumerate(pipe, 1):
                 uses.append((batch.number, batch.use))
                 state = json.loads(json.dumps(pipe.trained(batch, count)))
@@ -180,15 +179,14 @@ def test_what_no_teacher_can_score_is_left_out_and_named(
 
 
 def test_servers_that_stay_away_stop_the_pipeline_and_lose_nothing(
-    kin: Any, host: Any, sources: Any, tmp_path: Path
+    backend: RolloutBackend, host: Any, sources: Any, tmp_path: Path
 ) -> None:
     gone = host(sources)
     gone.stop()
-    with RolloutBackend(kin(0), tmp_path / "wal", slots=8, segment_bytes=1 << 18) as backend:
-        with pytest.raises(Unreachable), pipeline(backend, tmp_path / "d", gone.target, 2) as pipe:
-            list(pipe)
-        with pipeline(backend, tmp_path / "d", host(sources).target, 2) as pipe:
-            keys = [sample.key for batch in pipe for sample in batch.samples]
+    with pytest.raises(Unreachable), pipeline(backend, tmp_path / "d", gone.target, 2) as pipe:
+        list(pipe)
+    with pipeline(backend, tmp_path / "d", host(sources).target, 2) as pipe:
+        keys = [sample.key for batch in pipe for sample in batch.samples]
     assert len(set(keys)) == len(keys) == 8
 
 
@@ -237,7 +235,8 @@ def test_every_stage_killed_while_it_runs_loses_nothing_and_repeats_nothing(
 
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, str(JOB), json.dumps({**config, "step_s": 0.2})]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(tmp_path / "stderr").open("a"))
+        with (tmp_path / "stderr").open("a") as log:
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
     job = start()
     try:
@@ -281,10 +280,9 @@ class _Served:
         )
         self._port_file.unlink(missing_ok=True)
         call = "from scoring.serve_command import serve_teachers; serve_teachers()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", call, str(self._config), "--port-file", str(self._port_file)],
-            stderr=self._log.open("a"),
-        )
+        command = [sys.executable, "-c", call, str(self._config), "--port-file", str(self._port_file)]
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(command, stderr=log)
         deadline = time.monotonic() + 120
         while not self._port_file.exists():
             assert self.process.poll() is None, self._log.read_text()
