@@ -17,6 +17,7 @@ from rollout_wal.params import SamplingParams
 from rollout_wal.prompts import rollout_seed
 
 PROMPTS = [[1, 40 + i, 50 + 2 * i, 60 + 3 * i] for i in range(8)]
+LONG = 400
 FACTORY = "rollout_wal.engines.sglang.engine:SglangEngine.from_folder"
 
 
@@ -63,8 +64,10 @@ def test_random_kills_leave_no_trace_in_the_tokens(
             if not backend.balance().in_flight:
                 break
             if ready:
+                deaths = backend.stats.deaths
                 backend.kill_worker(rng.choice(ready), rng.choice([signal.SIGKILL, signal.SIGTERM]))
                 killed += 1
+                tools.wait_until(lambda deaths=deaths: backend.stats.deaths > deaths)
         got.update({r.index: r for r in iterator})
         assert {i: r.tokens.tolist() for i, r in got.items()} == expected
         assert all(r.censored is None and r.output.logprob.valid_T.all() for r in got.values())
@@ -76,10 +79,10 @@ def test_random_kills_leave_no_trace_in_the_tokens(
 def test_new_weights_reach_all_workers(
     backend: RolloutBackend, successor: Path, engine: Any, model: Path, tools: Any
 ) -> None:
-    sampling = SamplingParams(max_tokens=120, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=LONG, ignore_eos=True)
     iterator = backend.generate(PROMPTS, sampling, group_size=2, seed=99)
     before = backend.stats.tokens
-    tools.wait_until(lambda: backend.stats.tokens > before + 300)
+    tools.wait_until(lambda: backend.stats.tokens > before + 50)
     backend.update_weights(successor, 1)
     backend.kill_worker(sorted(backend.worker_steps())[0])  # its successor starts from the new weights
     rollouts = list(iterator)
@@ -91,13 +94,13 @@ def test_new_weights_reach_all_workers(
         for r in rollouts:
             old = int(np.count_nonzero(r.output.version_T == 0))
             assert (np.diff(r.output.version_T) >= 0).all()
-            assert len(r.tokens) == 120
-            mixed += 0 < old < 120
+            assert len(r.tokens) == LONG
+            mixed += 0 < old < LONG
             # What follows the change is what the new weights say after the old ones' tokens.
             request = tools.request_of(
                 0, PROMPTS[r.index // 2], sampling, prefix=r.tokens[:old].tolist(), noise_key=rollout_seed(99, r.index)
             )
-            if old < 120:
+            if old < LONG:
                 (rows,) = tools.drive(engine, [request]).values()
                 assert [row[0] for row in rows] == r.tokens[old:].tolist()
     finally:
@@ -105,8 +108,9 @@ def test_new_weights_reach_all_workers(
     assert mixed
 
 
-def test_it_started_from_the_nursery_without_a_port(backend: RolloutBackend) -> None:
+def test_it_started_from_the_nursery_without_a_port(backend: RolloutBackend, tools: Any) -> None:
     """Workers are forks that have imported SGLang already, and open no socket that others could race for."""
+    tools.wait_until(lambda: len(backend.worker_steps()) == 2)
     for pid in backend.worker_pids().values():
         listening = {
             line.split()[9] for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:] if " 0A " in line

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from rollout_wal.engines.base import FinishReason
 from rollout_wal.engines.common.logged import Logged, read_logged
@@ -116,18 +117,21 @@ def test_a_front_end_that_keeps_attempts_resumes_by_itself(server: Any, engine: 
     (rows,) = tools.drive(engine, [tools.request_of(0, prompt, sampling, noise_key=3)]).values()
     tokens = [r[0] for r in rows]
     extra = {"rollout": 62, "rollout_key": 3, "rollout_attempt": 4, "rollout_prefix": 15}
-    params = {"max_new_tokens": 25, "ignore_eos": True, "presence_penalty": 1.0}
+    params = {"max_new_tokens": 40, "ignore_eos": True, "presence_penalty": 1.0}  # of the whole rollout
     server.generate("e", prompt + tokens[:15], custom_params=extra, **params)
     assert server.ended("e")["tokens"] == tokens[15:]
     server.generate("e2", prompt + tokens[:15], custom_params=extra, **params)
     assert "not newer than attempt 4" in server.ended("e2")["finish"]["message"]
 
 
-def test_stop_strings_end_a_rollout_and_are_found_again(server: Any) -> None:
+def test_stop_strings_end_a_rollout_and_are_found_again(server: Any, model: Path) -> None:
     prompt = prompt_of(63)
     server.generate("f0", prompt, rollout="text", max_new_tokens=120, ignore_eos=True)
     whole = server.ended("f0")
-    stop = whole["text"][60:63]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # Two tokens that were sampled one after the other, and whose text is no part of what precedes them.
+    pieces = (tokenizer.decode(whole["tokens"][at : at + 2]) for at in range(40, 110))
+    stop = next(p for p in pieces if p.isalnum() and len(p) > 1 and p not in whole["text"][:80])
     server.generate("f", prompt, rollout="stopped", max_new_tokens=120, ignore_eos=True, stop=[stop])
     first = server.ended("f")
     server.generate("f2", prompt, rollout="stopped", max_new_tokens=120, ignore_eos=True, stop=[stop])
@@ -182,8 +186,10 @@ def test_paused_rollouts_go_on_and_their_versions_are_told(
     refused = server.told("update", updates + 1)
     assert not refused["ok"]
     assert "is no number" in refused["message"]
+    server.order(do="update", path=str(Path(source).parent), version=version)
+    assert "has the architecture digest" in server.told("update", updates + 2)["message"]
     server.order(do="update", path=str(source), version=version, flush=mode == "retract")
-    assert server.told("update", updates + 2)["ok"]
+    assert server.told("update", updates + 3)["ok"]
     server.order(do="continue")
     for i in range(4):
         out, kept = server.ended(f"{mode}{i}"), logged(server, base + i)
