@@ -38,10 +38,10 @@ def fewest_loads(arrivals: Sequence[tuple[float, int]], wait_s: float) -> int:
     FIT teachers; loading and computing take no time.
 
     A teacher in memory from u to v serves what arrived from u − wait to v. Without loss, u is the first open arrival
-    plus wait and v an arrival, so that all stays lie between the first arrival plus wait and the last arrival, and sum to
-    at most FIT times that. With a price on the time of stays instead of that limit (a Lagrange multiplier), the
-    teachers are independent of each other, and each one's cheapest schedule is a recursion over its arrivals. The sum of
-    them less the price of the limit is a bound at any price; this is the largest over many.
+    plus wait and v an arrival, so that all stays lie between the first arrival plus wait and the last arrival, and
+    sum to at most FIT times that. With a price on the time of stays instead of that limit (a Lagrange multiplier),
+    the teachers are independent of each other, and each one's cheapest schedule is a recursion over its arrivals.
+    The sum of them less the price of the limit is a bound at any price; this is the largest over many.
     """
     own = [np.asarray([at for at, t in arrivals if t == teacher]) for teacher in range(TEACHERS)]
     times = np.asarray([at for at, _ in arrivals])

@@ -157,7 +157,7 @@ def measure_latency(target: str, tokens_per_second: float, count: int) -> dict[s
 def main(quick: bool, json_path: Path | None) -> None:
     torch.set_num_threads(THREADS)
     result: dict[str, Any] = {"token_budget": BUDGET, "threads": THREADS, "group": [GROUP, SHARED, OWN]}
-    result["wire"] = measure_wire(4096 if quick else 32_768, 3 if quick else 7)
+    result["wire"] = measure_wire(4096 if quick else 16_384, 3 if quick else 5)
     top = result["wire"]["top64"]
     result["topk_wire_ratio_to_json"] = top["json_us"] / top["ours_us"]
     result["topk_wire_ratio_to_base64"] = top["base64_us"] / top["ours_us"]
@@ -171,14 +171,14 @@ def main(quick: bool, json_path: Path | None) -> None:
             served(client, warm)
             model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
             bare(model, warm)
-            result.update(measure_throughput(client, model, 1 if quick else 5, 4 if quick else 12))
+            result.update(measure_throughput(client, model, 1 if quick else 3, 4 if quick else 8))
             del model
-            result.update(measure_latency(server.target, result["tokens_per_second"], 3 if quick else 24))
+            result.update(measure_latency(server.target, result["tokens_per_second"], 3 if quick else 16))
             unshared = {**config, "teachers": {"t": {**teacher, "share_prefixes": False}}}
             with ServerProcess(folder / "unshared.yaml", unshared) as two, ScoringClient([two.target]) as other:
                 served(other, warm)
-                result.update(measure_sharing(client, other, 1 if quick else 3))
-        result.update(measure_loads(folder, 15.0 if quick else 75.0))
+                result.update(measure_sharing(client, other, 1 if quick else 2))
+        result.update(measure_loads(folder, 15.0 if quick else 60.0))
     save(json_path, result, quick=quick)
     show(
         "Teacher scoring",

@@ -5,9 +5,11 @@ Derived data, by provenance; every read is held against the checksum that was ta
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
+import shutil
 import struct
 import tempfile
 import threading
@@ -64,14 +66,22 @@ class HeadStore:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="scoring-heads-") if folder is None else None
-        self._folder = Path(self._temporary.name) if self._temporary else folder
-        assert self._folder is not None
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._given, self._temporary = folder, ""
+
+    @property
+    def _folder(self) -> Path:
+        if self._given is None and not self._temporary:  # when it is needed, which is rarely
+            self._temporary = tempfile.mkdtemp(prefix="scoring-heads-")
+            atexit.register(shutil.rmtree, self._temporary, ignore_errors=True)
+        folder = self._given or Path(self._temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def get(self, provenance: Provenance) -> StoredHead | None:
-        path = self._path(provenance)
+        if self._given is None and not self._temporary:
+            return None
         try:
+            path = self._path(provenance)
             with path.open("rb") as file:
                 raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
         except OSError:
@@ -110,9 +120,8 @@ class HeadStore:
 
     def close(self) -> None:
         if self._temporary:
-            self._temporary.cleanup()
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _path(self, provenance: Provenance) -> Path:
-        assert self._folder is not None
         digest = hashlib.blake2b(repr(provenance_fields(provenance)).encode(), digest_size=20).hexdigest()
         return self._folder / f"{digest}.head"

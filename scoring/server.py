@@ -150,7 +150,7 @@ class ScoringServicer(pb_grpc.TeacherScoringServiceServicer):
         assert source is not None
         dtype = pb.DTYPE_BFLOAT16 if head.bfloat16 else pb.DTYPE_FLOAT32
         at = checksum = 0
-        guard = StallGuard(self._stall_s, self._scheduler.counters)
+        guard = StallGuard(self._stall_s, self._scheduler.counters, context)
         try:
             for piece in head.pieces():
                 chunk = pb.ArrayChunk(kind=pb.ARRAY_KIND_HEAD_WEIGHT, dtype=dtype, byte_offset=at, data=piece)

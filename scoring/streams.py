@@ -8,6 +8,8 @@ of an item, is ended, and what was computed for it stays in the cache.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -21,6 +23,8 @@ from .errors import BadRequest, DeadlinePassed, MessageTooLarge, Overloaded, Sch
 from .items import ScoreItem
 from .scheduler import Scheduler
 from .v1 import scoring_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 _CODES: tuple[tuple[type[Exception], pb.ErrorCode], ...] = (
     (MessageTooLarge, pb.ERROR_CODE_TOO_LARGE),
@@ -85,7 +89,7 @@ class ScoreStream:
     async def messages(self, requests: Any) -> AsyncIterator[pb.ScoreResponse]:
         """What to send, until all is sent or the client is gone."""
         reader = asyncio.create_task(self._read(requests))
-        guard = StallGuard(self._stall_s, self._scheduler.counters)
+        guard = StallGuard(self._stall_s, self._scheduler.counters, self._context)
         try:
             while True:
                 found = await self._results.get()
@@ -101,8 +105,8 @@ class ScoreStream:
                     self._bytes -= size
                     self._all.held -= size
                     self._room.set()
-                if reader.done() and reader.exception() is not None:
-                    await reader  # the client broke the protocol, or stood still: the call has been aborted
+                if reader.done() and (broken := reader.exception()) is not None:
+                    await self._refuse(broken)
                 if not self.open_items and (self.draining or reader.done()):
                     break
         finally:
@@ -113,6 +117,13 @@ class ScoreStream:
                 task.cancel()
             self._all.held -= self._bytes
             self._bytes = self.open_items = 0
+
+    async def _refuse(self, broken: BaseException) -> None:
+        """End the call. From the task that sends: else the status could meet a message under way, and the call hang."""
+        if not isinstance(broken, _Broken):
+            log.warning("stream cannot be read", extra={"error": repr(broken)})
+            broken = _Broken(grpc.StatusCode.INVALID_ARGUMENT, f"a message cannot be read: {type(broken).__name__}")
+        await self._context.abort(broken.code, str(broken))
 
     async def _read(self, requests: Any) -> None:
         try:
@@ -183,11 +194,11 @@ class ScoreStream:
             except TimeoutError:
                 self._scheduler.counters.stalled_streams += 1
                 text = f"item {item_id!r} was left unfinished for {self._stall_s:g} s"
-                await self._context.abort(grpc.StatusCode.ABORTED, text)
+                raise _Broken(grpc.StatusCode.ABORTED, text) from None
             if message.HasField("item"):
                 item_id, header, assembler = message.item_id, message.item, wire.item_assembler(limit)
             if header is None or message.item_id != item_id or len(item_id) > _ITEM_ID_MAX:
-                await self._context.abort(
+                raise _Broken(
                     grpc.StatusCode.INVALID_ARGUMENT, "messages of an item must follow each other, its header first"
                 )
             if isinstance(assembler, wire.Assembler):
@@ -200,14 +211,23 @@ class ScoreStream:
                 item_id, header, assembler = "", None, None
 
 
+class _Broken(Exception):
+    """The client broke the protocol."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class StallGuard:
     """Ends the call that runs in this task when its client does not take a message in time.
 
-    A status would wait behind the messages that nobody reads, so the call is cancelled instead.
+    The task is cancelled, and all that it holds is free. The status that says why waits in the transport behind the one
+    message that nobody took: gRPC gives a server no way to reset a stream.
     """
 
-    def __init__(self, stall_s: float, counters: Counters) -> None:
-        self._stall_s, self._counters = stall_s, counters
+    def __init__(self, stall_s: float, counters: Counters, context: Any) -> None:
+        self._stall_s, self._counters, self._context = stall_s, counters, context
         self._task, self._timer = asyncio.current_task(), asyncio.get_running_loop().call_later(0, lambda: None)
 
     def start(self) -> None:
@@ -218,8 +238,19 @@ class StallGuard:
 
     def _end(self) -> None:
         self._counters.stalled_streams += 1
+        task = asyncio.get_running_loop().create_task(self._say_why())
+        _SAYING.add(task)
+        task.add_done_callback(_SAYING.discard)
         if self._task is not None:
             self._task.cancel()
+
+    async def _say_why(self) -> None:
+        text = f"results were not read for {self._stall_s:g} s; those computed are in the cache, if there is one"
+        with contextlib.suppress(Exception):  # an AbortError in any case
+            await self._context.abort(grpc.StatusCode.ABORTED, text)
+
+
+_SAYING: set[asyncio.Task[None]] = set()
 
 
 def _answer_messages(item_id: str, outcome: Any) -> Iterator[pb.ScoreResponse]:
