@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ..errors import AuditError, problem
+from .command_log import log
 from .command_options import finish, laws, parse_policy, shared, told
 from .command_run import run
 from .lengths import LengthDistribution, parse_lengths
@@ -29,6 +30,7 @@ def audit() -> None:
 
 
 audit.add_command(run)
+run.add_command(log)
 
 
 @audit.command("data")

@@ -117,7 +117,7 @@ def completions(
     from .hypotheses import closed_cohort, independent_loss, output_commit, single_noise
     from .report import Audit
 
-    prompts = _read_prompts(prompt_file)
+    prompts = read_prompts(prompt_file)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     source = CompletionSource(url, model, api_key)
 
@@ -163,7 +163,7 @@ def completions(
     finish(audited, out, as_json, fail_on_bias)
 
 
-def _read_prompts(path: Path) -> list[list[int]]:
+def read_prompts(path: Path) -> list[list[int]]:
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
