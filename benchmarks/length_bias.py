@@ -1,6 +1,6 @@
 """Does interruption bias the lengths of what is delivered? Every recovery policy, simulated, against the exact law.
 
-    python -m benchmarks.length_bias [--quick] --json FILE
+    python -m benchmarks.length_bias [--quick] [--only simulated|engine] --json FILE
 
 Each cell simulates a fleet whose workers are interrupted, and compares the delivered lengths with the exact true law
 (its bias) and with the exact predicted law (its verdict). A cell is "expected" if the measured mean is shown to be
@@ -10,6 +10,8 @@ Cells with a defect draw fresh noise after an interruption: keyed noise would hi
 The number of rollouts is at least 100,000, and at least what equivalence at the margin takes, according to a pilot of
 each cell, for the whole table to come out as expected with 90 % power. `rollouts_needed` is what the cell alone would
 take for 90 %.
+
+Then the same with the embedded engine and workers that are killed; see `_length_bias_engine`.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from rollout_wal.audit.simulate import simulate
 from rollout_wal.audit.simulated import rollouts_for_power, simulated_comparison
 
 from ._common import hardware
+from ._length_bias_engine import engine_cells
 
 ROLLOUTS_MIN = 100_000
 MARGIN = 0.005
@@ -153,32 +156,50 @@ def simulated_cells(quick: bool, seed: int) -> Iterable[dict[str, Any]]:
         }
 
 
-#: Where cells come from. Another engine adds its own function (quick, seed) -> cells.
-SOURCES: list[Callable[[bool, int], Iterable[dict[str, Any]]]] = [simulated_cells]
+#: Where cells come from: functions (quick, seed) -> cells.
+SOURCES: dict[str, Callable[[bool, int], Iterable[dict[str, Any]]]] = {
+    "simulated": simulated_cells,
+    "engine": engine_cells,
+}
+#: What the cells of a source say in `engine`.
+ENGINES = {"simulated": "simulated", "engine": "embedded"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a margin of 2 %% instead of 0.5 %%, and fewer rollouts")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--quick", action="store_true", help="wider margins, and fewer rollouts")
+    parser.add_argument("--only", choices=list(SOURCES), help="run these, and keep the other cells that FILE holds")
+    parser.add_argument("--json", type=Path, help="write the result here, after every cell")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begun = time.perf_counter()
-    rows = [cell for source in SOURCES for cell in source(options.quick, options.seed)]
+    names = [options.only] if options.only else list(SOURCES)
+    rows: list[dict[str, Any]] = []
+    if options.only and options.json and options.json.exists():
+        known = json.loads(options.json.read_text(encoding="utf-8"))["cells"]
+        rows = [row for row in known if row["engine"] != ENGINES[options.only]]
+    for name in names:
+        for cell in SOURCES[name](options.quick, options.seed):
+            rows.append(cell)
+            if options.json:
+                save(options.json, rows, options, time.perf_counter() - begun)
     show(rows)
-    if options.json:
-        result = {
-            "benchmark": "length_bias",
-            "date": datetime.now(UTC).date().isoformat(),
-            "hardware": hardware(),
-            "quick": options.quick,
-            "seed": options.seed,
-            "seconds": time.perf_counter() - begun,
-            "expected": sum(row["verdict"] == "expected" for row in rows),
-            "cells": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def save(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, seconds: float) -> None:
+    """What there is so far."""
+    result = {
+        "benchmark": "length_bias",
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "quick": options.quick,
+        "seed": options.seed,
+        "seconds": seconds,
+        "expected": sum(row["verdict"] == "expected" for row in rows),
+        "cells": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
