@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rollout_wal.engines.base import Engine, FinishReason
-from rollout_wal.errors import ArchitectureMismatch, BackendError, BadInput, BadPrompt
+from rollout_wal.errors import ArchitectureMismatch, BackendError, BadInput, BadPrompt, KvError
 from rollout_wal.params import SamplingParams
 
 SAMPLINGS = (
@@ -288,3 +289,48 @@ def test_a_token_that_was_not_drawn_here_is_refused(tools: Any) -> None:
     req.output_ids = []
     with pytest.raises(BackendError, match=r"slot .* at position 2"):
         rollouts.draw(["a"], np.array([2]), False, torch.full((1, 384), torch.nan))
+
+
+def test_saved_kv_is_used_and_says_what_a_prefill_says(engine: Any, tools: Any) -> None:
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    (prompt,) = prompts(1, 70, 71, seed=9)
+    engine._scheduler.flush_cache()
+    (whole,) = tools.drive(engine, [tools.request_of(0, prompt, sampling, noise_key=1)]).values()
+    engine.add(tools.request_of(0, prompt, sampling, noise_key=1))
+    tokens: list[int] = []
+    while len(tokens) < 30:
+        tokens += engine.step().token_N.tolist()
+    assert engine.kv_tokens(0) == 99
+    kv = engine.save_kv(0)
+    assert kv.token_T.tolist() == (prompt + tokens)[:99]
+    assert engine.save_kv(7) is None
+
+    def resume(saved: Any) -> tuple[list[int], int]:
+        for _ in range(3):
+            engine.abort(0)
+            engine.step()
+        engine._scheduler.flush_cache()
+        request = tools.request_of(0, prompt, sampling, prefix=tokens, noise_key=1)
+        if saved is None:
+            engine.add(request)
+        else:
+            engine.add_with_kv(request, saved)
+        first = engine.step()
+        (rollout,) = engine._rollouts.by_rid.values()
+        cached, rows = int(rollout.req.cached_tokens), first.token_N.tolist()
+        while engine.unfinished:
+            rows += engine.step().token_N.tolist()
+        return rows, cached
+
+    expected = [r[0] for r in whole[30:]]
+    assert resume(None) == (expected, 0)
+    assert resume(kv) == (expected, 99)
+    # Wrong KV does harm: it is really used.
+    wrong = replace(kv, parts=tuple(np.zeros_like(part) for part in kv.parts))
+    assert resume(wrong)[0] != expected
+    assert resume(kv) == (expected, 99)
+    with pytest.raises(KvError):
+        engine.add_with_kv(
+            tools.request_of(1, prompt, sampling, prefix=tokens),
+            replace(kv, parts=tuple(part[:, :, :-1] for part in kv.parts)),
+        )

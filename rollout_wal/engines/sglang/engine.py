@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import BackendError, BadInput, problem
+from ...errors import BackendError, BadInput, KvError, problem
+from ...kv.layout import KvArrays
 from ..base import EngineInfo, FinishReason, Request, StepOutput
 from ..common.admission import check_request
 from ..common.checkpoint import Checkpoint, same_architecture, same_shapes
@@ -39,6 +40,7 @@ from sglang.srt.runtime_context import SpawnRanks, publish  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams  # noqa: E402
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
+from .kv import SchedulerKv  # noqa: E402
 from .scheduler import RELIED_ON, EmbeddedScheduler  # noqa: E402
 
 _CPU = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "mem_fraction_static": 0.1}
@@ -53,7 +55,8 @@ class SglangEngine:
         self._shapes = Checkpoint(folder).shapes()
         self._policy_version = policy_version
         self._max_batch = max_batch
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[tuple[Request, KvArrays | None]] = deque()
+        self._kv: SchedulerKv | None = None
         self._rid_of: dict[int, str] = {}
         self._serial = 0
         runner = scheduler.tp_worker.model_runner
@@ -137,10 +140,10 @@ class SglangEngine:
     def unfinished(self) -> int:
         return len(self._rid_of) + len(self._waiting)
 
-    def add(self, request: Request) -> None:
-        """See `Engine.add`."""
+    def add(self, request: Request, kv: KvArrays | None = None) -> None:
+        """See `Engine.add`. `kv`: see `add_with_kv`."""
         check_request(request, self._info)
-        if request.slot in self._rid_of or any(other.slot == request.slot for other in self._waiting):
+        if request.slot in self._rid_of or any(other.slot == request.slot for other, _ in self._waiting):
             raise BadInput(
                 problem(
                     f"slot {request.slot} is already in use",
@@ -148,13 +151,13 @@ class SglangEngine:
                     remedy="Wait until it finishes, or abort it first",
                 )
             )
-        self._waiting.append(request)
+        self._waiting.append((request, kv))
 
     def abort(self, slot: int) -> None:
         """See `Engine.abort`."""
         rid = self._rid_of.pop(slot, None)
         if rid is None:
-            self._waiting = deque(request for request in self._waiting if request.slot != slot)
+            self._waiting = deque(item for item in self._waiting if item[0].slot != slot)
             return
         self._rollouts.remove(rid)
         self._scheduler.abort_request(AbortReq(rid=rid))
@@ -168,7 +171,10 @@ class SglangEngine:
                 not be used further: SGLang's scheduler is in the middle of a step.
         """
         while self._waiting and len(self._rid_of) < self._max_batch:
-            self._hand_over(self._waiting.popleft())
+            request, kv = self._waiting.popleft()
+            if kv is not None and self._kv is not None:
+                self._kv.restore(kv)
+            self._hand_over(request)
         if not self._rid_of and self._scheduler.is_fully_idle():
             return _NOTHING
         rows = []
@@ -236,7 +242,49 @@ class SglangEngine:
         finally:
             self._scheduler.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
         self._policy_version = version
+        # SGLang has dropped the KV of the old weights; what still waits to be restored is of them too.
+        self._waiting = deque((request, None) for request, _ in self._waiting)
         self._info = replace(self._info, weights_digest=self._digest())
+
+    # -- rollout_wal.kv.SupportsKv --------------------------------------------------------------------------------
+
+    def kv_layout(self) -> Mapping[str, Any]:
+        """See `SupportsKv.kv_layout`. Raises KvError: a cache that this package cannot read."""
+        return self._scheduler_kv().describe()
+
+    def kv_tokens(self, slot: int) -> int:
+        """See `SupportsKv.kv_tokens`."""
+        rid = self._rid_of.get(slot)
+        return self._scheduler_kv().tokens(self._rollouts.by_rid[rid].req) if rid is not None else 0
+
+    def keep_kv(self) -> None:
+        """See `SupportsKv.keep_kv`.
+
+        Raises:
+            KvError: always. SGLang's radix cache would hand KV of the old weights to requests of the new.
+        """
+        raise KvError(
+            problem(
+                "SGLang shares KV between requests, whatever weights computed it",
+                consequence="KV is neither saved nor loaded; rollouts are resumed by prefill",
+                remedy='Use on_update="recompute"',
+            )
+        )
+
+    def save_kv(self, slot: int) -> KvArrays | None:
+        """See `SupportsKv.save_kv`."""
+        rid = self._rid_of.get(slot)
+        return self._scheduler_kv().save(self._rollouts.by_rid[rid].req) if rid is not None else None
+
+    def add_with_kv(self, request: Request, kv: KvArrays) -> None:
+        """See `SupportsKv.add_with_kv`. It goes into the radix cache when the request joins."""
+        kv.check(self._scheduler_kv().layout)
+        self.add(request, kv)
+
+    def _scheduler_kv(self) -> SchedulerKv:
+        if self._kv is None:
+            self._kv = SchedulerKv(self._scheduler)
+        return self._kv
 
     def close(self) -> None:
         """Forget all requests. SGLang's memory goes with the process."""

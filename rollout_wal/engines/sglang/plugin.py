@@ -24,9 +24,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from ...errors import BadInput, problem
+from ...errors import ArchitectureMismatch, BackendError, BadInput, problem
 from ..base import FinishReason
-from ..common.checkpoint import quick_digest
+from ..common.checkpoint import Checkpoint, quick_digest, same_architecture, same_shapes
 from ..common.spec import named
 from ..common.step_log import DECLARED, StepLog
 from ..common.support import Hook
@@ -71,7 +71,7 @@ class Logging:
     def __init__(self, scheduler: Any) -> None:
         args = scheduler.server_args
         self._scheduler = scheduler
-        folder = Path(args.model_path)
+        folder = self._folder = Path(args.model_path)
         digest = quick_digest(folder)
         info = info_of(scheduler, folder, digest)
         self.deterministic = bool(args.enable_deterministic_inference)
@@ -80,6 +80,7 @@ class Logging:
         self.rollouts = Rollouts(int(scheduler.max_running_requests), self.eos, self.max_context)
         setattr(scheduler.tp_worker.model_runner, ATTRIBUTE, self.rollouts)
         version = int(os.environ.get(VERSION, "0"))
+        self._weights: tuple[int, str] | None = (version, digest)
         scheduler.record_weight_version_change(new_version=str(version))
         self._running: dict[int, Any] = {}
         """Rollout to the request that has it."""
@@ -274,8 +275,15 @@ class Logging:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def refuse_update(self, version: str | None) -> str | None:
-        """Why weights cannot be replaced under this version, or None."""
+    def refuse_update(self, version: str | None, source: str) -> str | None:
+        """Why weights cannot be replaced by these, under this version, or None."""
+        if source and Path(source).is_dir():
+            # SGLang looks at neither names nor shapes, and rolls back from the very folder that has failed.
+            try:
+                same_architecture(self._folder, Path(source))
+                same_shapes(Checkpoint(self._folder).shapes(), Checkpoint(Path(source)).shapes())
+            except (ArchitectureMismatch, BadInput) as error:
+                return str(error)
         if version is None or not re.fullmatch(r"\d{1,18}", version):
             return (
                 f"weight_version={version!r} is no number. The weights were not replaced: every token is logged with "
@@ -283,13 +291,19 @@ class Logging:
             )
         return None
 
-    def updated(self, version: str, source: str) -> None:
+    def updated(self, version: str, source: str, flushed: bool) -> None:
         """The weights have changed: said before a token is sampled under them."""
+        folder = Path(source)
+        digest = quick_digest(folder) if source and folder.is_dir() else f"{DECLARED}{version}"
+        # KV that was not flushed is of the old weights, and nobody can tell it from what comes.
+        self._weights = (int(version), digest) if flushed else None
         if self.log is not None and int(version) != self.log.policy_version:
-            folder = Path(source)
-            digest = quick_digest(folder) if source and folder.is_dir() else f"{DECLARED}{version}"
             self.log.policy(int(version), digest, source)
             self.let_go()
+
+    @property
+    def kv_weights(self) -> tuple[int, str] | None:
+        return self._weights
 
 
 def _finish_of(req: Any, rollout: Rollout) -> FinishReason:
@@ -306,6 +320,11 @@ def _finish_of(req: Any, rollout: Rollout) -> FinishReason:
 
 _state: Logging | None = None
 """Of this process's scheduler; there is one."""
+
+
+def kv_weights() -> tuple[int, str] | None:
+    """Version and digest of the weights that all cached KV is of; None while that is not known."""
+    return _state.kv_weights if _state is not None else None
 
 
 def _created(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
@@ -350,19 +369,29 @@ def _shutdown(scheduler: Any, recv_req: Any) -> None:
 def _update(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
     if _state is None:
         return original(updater, recv_req)
-    if why := _state.refuse_update(recv_req.weight_version):
+    source = getattr(recv_req, "model_path", "") or ""
+    if why := _state.refuse_update(recv_req.weight_version, source):
         return _REFUSALS[type(recv_req).__name__](why)
     _state.drain()
     result = original(updater, recv_req)
-    if result.success:
-        _state.updated(recv_req.weight_version, getattr(recv_req, "model_path", "") or "")
+    # SGLang reports a failure too where the weights are new and only the cache could not be flushed.
+    if _weight_version() == recv_req.weight_version:
+        _state.updated(recv_req.weight_version, source, bool(recv_req.flush_cache) and result.success)
+    elif not result.success:
+        raise BackendError(
+            problem(
+                f"SGLang failed while it replaced the weights: {result.message}",
+                consequence="Which weights it has is unknown, so it ends: no token can be attributed",
+                remedy="Start it again from the weights that are logged; rollouts go on from what is logged",
+            )
+        )
     return result
 
 
 def _label(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
     result = original(scheduler, recv_req)
     if _state is not None and re.fullmatch(r"\d{1,18}", str(recv_req.new_version)):
-        _state.updated(str(recv_req.new_version), "")
+        _state.updated(str(recv_req.new_version), "", False)
     return result
 
 
@@ -460,6 +489,12 @@ def _check_config(server_args: Any) -> None:
                     remedy=f"Leave {name} out, or unset {LOG}",
                 )
             )
+
+
+def _weight_version() -> str:
+    from sglang.srt.runtime_context import get_serving
+
+    return str(get_serving().weight_version)
 
 
 def _dp_rank() -> int:
