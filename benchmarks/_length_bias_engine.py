@@ -47,6 +47,7 @@ GROUP = 8
 SLOTS = 128
 SLOTS_DEFECT = 48
 LAG = 20
+_Z_90, _Z_99 = 1.645, 2.576
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +265,9 @@ def verdict(measured: Comparison, *, keyed_identical: bool | None, reused: bool)
     """ "expected" where theory and measurement agree.
 
     With no bias predicted: equivalence is shown (keyed: every rollout is the uninterrupted one, token for token). With
-    a bias predicted: it is shown, and the measured interval is no more than the margin away from the prediction. For
-    the reused seed the prediction is an upper bound: theory reuses the one draw that decides the end, an engine reuses
-    a draw per token, and the other tokens' logits are others the second time.
+    a bias predicted: it is shown, and the prediction lies within the 99 % interval. Of the reused seed only the
+    direction is demanded: theory reuses the one draw that decides the end, an engine reuses a draw per token, and the
+    other tokens' logits are others the second time.
     """
     expected = measured.predicted_delta_relative
     assert expected is not None
@@ -276,10 +277,10 @@ def verdict(measured: Comparison, *, keyed_identical: bool | None, reused: bool)
     elif abs(expected) < 1e-9:
         agrees = measured.verdict == "equivalent"
     elif reused:
-        agrees = measured.verdict == "biased" and low > 0 and measured.delta_relative < expected + MARGIN
+        agrees = measured.verdict == "biased" and low > 0
     else:
-        near = low - MARGIN <= expected <= high + MARGIN
-        agrees = measured.verdict == "biased" and near and (high < 0) == (expected < 0)
+        reach = (high - low) / 2 * _Z_99 / _Z_90
+        agrees = measured.verdict == "biased" and abs(measured.delta_relative - expected) <= reach
     return "expected" if agrees else "unexpected"
 
 
