@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +26,13 @@ from rollout_wal.dataset import (
     open_dataset,
     tokens_crc32c,
 )
-from rollout_wal.dataset.reader import read_table
-from rollout_wal.dataset.schema import INDEX_SCHEMA
 from rollout_wal.errors import ProvenanceError, RolloutWalError
 
 from .client import ScoringClient
 from .errors import BadConfiguration, BadResult, ScoringError, problem
 from .items import Scores, Wanted
 from .routing import Routable, Route, Router, checked, recorded
+from .stored import stored_pins, stored_sources
 from .tasks import Task, columns_of, groups_of, nbytes, tasks_of, teacher_group
 
 #: Who routed samples whose metadata names no teacher: a column group beside those of the teachers.
@@ -147,10 +146,8 @@ def score_dataset(
     writer = DatasetWriter(folder, writer_id=writer_id, default_compression=compression, check_fence=check_fence)
     report = ScoringReport()
     plan = _Plan(dataset, spec, report)
-    for teacher in plan.teachers:
-        checkpoints = _checkpoints(dataset, teacher, spec)
-        if checkpoints:
-            client.pins.setdefault(teacher, checkpoints.most_common(1)[0][0])
+    for teacher, checkpoint in stored_pins(dataset, spec.prefix).items():
+        client.pins.setdefault(teacher, checkpoint)
     sink = _Sink(writer, spec, report, plan.decided)
     sent: dict[int, Task] = {}
 
@@ -183,7 +180,7 @@ class _Plan:
         self.decided: dict[str, ColumnGroup] = {}
         self._todo: list[tuple[str, str]] = []  # (teacher, key)
         routing = spec.prefix + ROUTING_GROUP
-        before = _sources(dataset, routing)
+        before = stored_sources(dataset, routing)
         done: dict[str, set[str]] = {}
         for row in dataset.metadata(_METADATA).to_pylist():
             key = row["sample"]
@@ -206,7 +203,6 @@ class _Plan:
                     report.already += 1
                 else:
                     self._todo.append((teacher, key))
-        self.teachers = sorted(done)
         self._todo.sort(key=lambda pair: (pair[0], self._rows[pair[1]]["group"], pair[1]))
 
     def _decide(self, key: str, row: Mapping[str, Any], extras: Mapping[str, Any], before: str | None) -> Any:
@@ -366,19 +362,3 @@ def _complete(dataset: Dataset, groups: list[str]) -> set[str]:
     """Keys that have all of these column groups."""
     found = [dataset.keys_with(name) if name in dataset.groups else set() for name in groups]
     return set.intersection(*found) if found else set()
-
-
-def _index(dataset: Dataset, group: str, column: str) -> Iterator[tuple[str, Any]]:
-    for entry in (g.index for g in dataset.state.group_files if g.group == group):
-        table = read_table(dataset.folder, entry, INDEX_SCHEMA, ["sample", column])
-        yield from zip(table["sample"].to_pylist(), table[column].to_pylist(), strict=True)
-
-
-def _checkpoints(dataset: Dataset, teacher: str, spec: ScoringSpec) -> Counter[str]:
-    """The checkpoints whose scores of a teacher the dataset has, and of how many samples."""
-    groups = groups_of(teacher, replace(spec.wanted, logprobs=True), spec.prefix)
-    return Counter(digest for group in groups for _, digest in _index(dataset, group, "checkpoint") if digest)
-
-
-def _sources(dataset: Dataset, group: str) -> dict[str, str]:
-    return dict(_index(dataset, group, "source"))

@@ -3,6 +3,7 @@
 options        how to reach them, how long to try
 servers        one server: its channel, its teachers, its health
 retry          delays, and what a broken call means
+choice         which server an item may go to
 run            one call of `score`: dispatch, verification, sending again
 heads          LM heads of teachers, fetched once
 asynchronous, synchronous

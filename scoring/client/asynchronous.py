@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class AsyncScoringClient:
         await self._reach(attempts=1)
         return {server.target: dict(server.teachers) for server in self._servers if server.listed}
 
-    async def score(self, items: Items) -> AsyncIterator[Outcome]:
+    async def score(self, items: Items) -> AsyncGenerator[Outcome, None]:
         """(index, scores or why there are none) of every item, in the order in which they come.
 
         Items may be an iterator of either kind; it is read only as there is room, so it may be as long as you like.
@@ -86,7 +86,7 @@ class AsyncScoringClient:
                 yield outcome
         finally:
             self._runs.discard(run)
-            await outcomes.aclose()  # type: ignore[attr-defined]
+            await outcomes.aclose()
 
     async def head(self, teacher: str, expected: Provenance | None = None) -> TeacherHead:
         """The LM head of a teacher: fetched once, checked, and kept (see `ClientOptions.head_folder`).

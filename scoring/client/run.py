@@ -10,42 +10,24 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 
 import grpc
 
-from rollout_wal.dataset import Provenance
 from rollout_wal.errors import RolloutWalError
 
 from .. import wire
-from ..errors import BadRequest, BadResult, DeadlinePassed, Overloaded, Unreachable, problem
+from ..errors import BadResult, DeadlinePassed, Overloaded, Unreachable, problem
 from ..items import ScoreItem, Scores
 from ..v1 import scoring_pb2 as pb
+from .choice import Choice, Pending
 from .options import ClientOptions
 from .retry import ELSEWHERE, FINAL, delay, of_status
 from .servers import Server
 
 Items = Iterable[ScoreItem] | AsyncIterable[ScoreItem]
 Outcome = tuple[int, Scores | RolloutWalError]
-#: How well a server suits an item: it has the expected checkpoint and can load it; it could not load it the last time
-#: it tried; it has another checkpoint. A worse one is used only where no better one is up.
-_GOOD, _FAILING, _OTHER = range(3)
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    index: int
-    item: ScoreItem
-    deadline_s: float | None
-    pinned: bool = False
-    attempts: int = 0
-    ready_s: float = 0.0
-    overloaded_since_s: float | None = None
-    excluded: dict[str, RolloutWalError] = field(default_factory=dict)
-    """Servers that cannot score it, and why."""
-    done: bool = False
-    alarm: asyncio.TimerHandle | None = None
 
 
 class Run:
@@ -58,9 +40,10 @@ class Run:
     """
 
     def __init__(self, servers: Sequence[Server], options: ClientOptions, items: Items, pins: dict[str, str]) -> None:
-        self._servers, self._options, self._pins = servers, options, pins
+        self._servers, self._options = servers, options
+        self._choice = Choice(servers, options, pins)
         self._source = _iterate(items)
-        self._waiting: deque[_Pending] = deque()
+        self._waiting: deque[Pending] = deque()
         self._results: asyncio.Queue[Outcome | BaseException | None] = asyncio.Queue()  # bounded by _untaken
         self._untaken = 0
         self._taken_on = self._answered = 0
@@ -69,7 +52,7 @@ class Run:
         self._doubt = asyncio.Event()
         """Some item may have become hopeless."""
 
-    async def outcomes(self) -> AsyncIterator[Outcome]:
+    async def outcomes(self) -> AsyncGenerator[Outcome, None]:
         jobs = [self._feed(), self._give_up()]
         jobs += [self._serve(server) for server in self._servers for _ in range(self._options.streams)]
         tasks = [asyncio.create_task(job) for job in jobs]
@@ -117,7 +100,7 @@ class Run:
         loop = asyncio.get_running_loop()
         async for item in self._source:
             limit = item.deadline_s if item.deadline_s is not None else self._options.timeout_s
-            pending = _Pending(self._taken_on, item, None if limit is None else loop.time() + limit)
+            pending = Pending(self._taken_on, item, None if limit is None else loop.time() + limit)
             self._taken_on += 1
             try:
                 item.check()
@@ -127,13 +110,13 @@ class Run:
             if pending.deadline_s is not None:
                 pending.alarm = loop.call_at(pending.deadline_s, self._overdue, pending)
             self._waiting.append(pending)
-            self.notify(doubt=not any(self._may(server, pending) for server in self._servers if server.up))
+            self.notify(doubt=not any(self._choice.may(server, pending) for server in self._servers if server.up))
             while len(self._waiting) >= self._options.window or self._untaken >= self._options.window:
                 await self._wait(None)
         self._fed = True
         self._finish()
 
-    def _emit(self, pending: _Pending, outcome: Scores | RolloutWalError) -> None:
+    def _emit(self, pending: Pending, outcome: Scores | RolloutWalError) -> None:
         """Hand an outcome to the caller, the first one alone: what comes after a deadline is dropped."""
         if pending.done:
             return
@@ -149,7 +132,7 @@ class Run:
         if self._fed and self._answered == self._taken_on:
             self._results.put_nowait(None)
 
-    def _overdue(self, pending: _Pending) -> None:
+    def _overdue(self, pending: Pending) -> None:
         self._emit(
             pending,
             DeadlinePassed(
@@ -164,7 +147,7 @@ class Run:
 
     # -- who gets what ------------------------------------------------------------------------------------------
 
-    def _take(self, server: Server) -> _Pending | float | None:
+    def _take(self, server: Server) -> Pending | float | None:
         """An item for a server; or after how many seconds there may be one (None: when something changes)."""
         now = asyncio.get_running_loop().time()
         if not server.up or self._untaken >= self._options.window:
@@ -173,7 +156,7 @@ class Run:
             return server.ready_s - now
         soonest: float | None = None
         for at, pending in enumerate(self._waiting):
-            if not self._may(server, pending):
+            if not self._choice.may(server, pending):
                 continue
             if pending.ready_s <= now:
                 del self._waiting[at]
@@ -182,45 +165,6 @@ class Run:
                 return pending
             soonest = min(pending.ready_s - now, soonest if soonest is not None else pending.ready_s - now)
         return soonest
-
-    def _may(self, server: Server, pending: _Pending) -> bool:
-        """Whether this server is the best that the item can be sent to now."""
-        if pending.done or not self._pin(pending):
-            return False
-        rank = self._rank(server, pending)
-        if rank is None or server.target in pending.excluded:
-            return False
-        others = (s for s in self._servers if s.up and s is not server and s.target not in pending.excluded)
-        return not any((r := self._rank(s, pending)) is not None and r < rank for s in others)
-
-    def _rank(self, server: Server, pending: _Pending) -> int | None:
-        teacher = server.teachers.get(pending.item.teacher)
-        expected = pending.item.expected
-        if teacher is None or expected is None:
-            return None
-        if teacher.provenance.checkpoint_digest != expected.checkpoint:
-            return _OTHER if self._options.other_checkpoints else None
-        return _FAILING if teacher.failure else _GOOD
-
-    def _pin(self, pending: _Pending) -> bool:
-        """Name the teacher of an item that gives a domain, and the checkpoint that it is expected to have.
-
-        False while no server that was reached has one. All items of a client expect the same checkpoint of a teacher,
-        whichever server answers and whatever is restarted in between.
-        """
-        item = pending.item
-        if pending.pinned:
-            return True
-        for server in self._servers:
-            for name, teacher in server.teachers.items():
-                if name == item.teacher or (not item.teacher and item.domain in teacher.domains):
-                    expected = item.expected or Provenance("")
-                    if not expected.checkpoint:
-                        digest = self._pins.setdefault(name, teacher.provenance.checkpoint_digest)
-                        expected = replace(expected, checkpoint=digest)
-                    pending.item, pending.pinned = replace(item, teacher=name, expected=expected), True
-                    return True
-        return False
 
     async def _give_up(self) -> None:
         """Answer items that no server can score, or that have waited for one long enough."""
@@ -238,11 +182,11 @@ class Run:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._doubt.wait(), soonest)
 
-    def _hope_s(self, pending: _Pending) -> float | None:
+    def _hope_s(self, pending: Pending) -> float | None:
         """For how long it is still worth waiting (None: no end is in sight); at the end, the item is answered."""
-        able = [server for server in self._servers if self._able(server, pending)]
+        able = [server for server in self._servers if self._choice.able(server, pending)]
         if not able:
-            self._emit(pending, self._why(pending))
+            self._emit(pending, self._choice.why(pending))
             return None
         if any(server.down_since_s is None for server in able):
             return None
@@ -263,33 +207,6 @@ class Run:
         )
         return None
 
-    def _able(self, server: Server, pending: _Pending) -> bool:
-        """Whether it may score the item, now or when it is up again."""
-        if server.refused or server.target in pending.excluded:
-            return False
-        if not server.teachers and not server.listed:
-            return True  # nobody knows yet what it has
-        return self._pin(pending) and self._rank(server, pending) is not None
-
-    def _why(self, pending: _Pending) -> RolloutWalError:
-        if pending.excluded:
-            return next(reversed(pending.excluded.values()))
-        refusals = [of_status(s.target, s.why) for s in self._servers if s.refused]
-        if refusals and all(s.refused for s in self._servers):
-            return refusals[-1]
-        item = pending.item
-        listed = sorted(
-            {f"{n} at {t.provenance.checkpoint_digest}" for s in self._servers for n, t in s.teachers.items()}
-        )
-        return BadRequest(
-            problem(
-                f"no server has a teacher {item.teacher!r} (domain {item.domain!r}) with checkpoint "
-                f"{item.expected.checkpoint if item.expected else 'any'!r}",
-                consequence="The item was not scored",
-                remedy=f"Name one of {listed}",
-            )
-        )
-
     # -- the wire -----------------------------------------------------------------------------------------------
 
     async def _serve(self, server: Server) -> None:
@@ -304,25 +221,25 @@ class Run:
                 self.notify()
             else:
                 found = self._take(server)
-                if isinstance(found, _Pending):
+                if isinstance(found, Pending):
                     await self._exchange(server, found)
                 else:
                     await self._wait(found)
         self.notify()
 
-    async def _exchange(self, server: Server, first: _Pending) -> None:
+    async def _exchange(self, server: Server, first: Pending) -> None:
         """One stream: items go out as answers come in. What is not answered when it ends waits to be sent again."""
-        flying: dict[str, _Pending] = {str(first.index): first}
+        flying: dict[str, Pending] = {str(first.index): first}
         open_results: dict[str, tuple[pb.ScoreResult, wire.Assembler]] = {}
         loop = asyncio.get_running_loop()
         heard_s, silent, over = loop.time(), False, False
 
         async def requests() -> AsyncIterator[pb.ScoreRequest]:
             nonlocal heard_s
-            found: _Pending | float | None = first
+            found: Pending | float | None = first
             # gRPC may ask for more after the call has broken off; what were taken then would be nobody's.
             while not over:
-                if isinstance(found, _Pending):
+                if isinstance(found, Pending):
                     heard_s = loop.time()
                     flying[str(found.index)] = found
                     for message in wire.item_messages(str(found.index), self._outgoing(found)):
@@ -373,7 +290,7 @@ class Run:
             self._again(pending, why)
         self.notify()
 
-    def _outgoing(self, pending: _Pending) -> ScoreItem:
+    def _outgoing(self, pending: Pending) -> ScoreItem:
         item = pending.item
         if pending.deadline_s is not None:  # what is left of it
             left = max(0.001, pending.deadline_s - asyncio.get_running_loop().time())
@@ -385,7 +302,7 @@ class Run:
     def _read(
         self,
         server: Server,
-        pending: _Pending,
+        pending: Pending,
         message: pb.ScoreResponse,
         open_results: dict[str, tuple[pb.ScoreResult, wire.Assembler]],
     ) -> bool:
@@ -413,7 +330,7 @@ class Run:
             self._again(pending, error)
         return True
 
-    def _verified(self, pending: _Pending, scores: Scores, server: Server) -> Scores:
+    def _verified(self, pending: Pending, scores: Scores, server: Server) -> Scores:
         """The scores, held against what was asked. Raises BadResult or ScoreProvenanceMismatch."""
         item = pending.item
         expected = item.expected
@@ -423,7 +340,7 @@ class Run:
         scores.check_against(item)
         return replace(scores, server=server.target, fallback=other)
 
-    def _refused(self, server: Server, pending: _Pending, error: pb.ItemError) -> None:
+    def _refused(self, server: Server, pending: Pending, error: pb.ItemError) -> None:
         if error.code in FINAL:
             self._emit(pending, FINAL[error.code](error.message))
         elif error.code in ELSEWHERE:
@@ -437,7 +354,7 @@ class Run:
                 server.listed = False
             self._again(pending, Overloaded(error.message, error.retry_after_seconds))
 
-    def _again(self, pending: _Pending, why: RolloutWalError) -> None:
+    def _again(self, pending: Pending, why: RolloutWalError) -> None:
         """Let an item wait to be sent again, unless that was tried often or long enough."""
         if pending.done:
             return

@@ -2,7 +2,9 @@
 
 options        bounds, freshness, replay
 batch          what the learner gets
-pipeline       the stages
+pipeline       what a training loop holds
+stages         what runs behind it
+state          rollouts on their way; recovery: what the dataset knows of them
 metrics        for Prometheus
 
 There is no queue on disk. What has been generated is in the log until it is consumed; what waits for scores is in the
@@ -11,6 +13,7 @@ dataset without them; what waits for the learner has them. Whoever dies, the sta
 
 from .batch import ScoredBatch
 from .options import PipelineOptions, PromptBatch
-from .pipeline import Pipeline, PipelineStats
+from .pipeline import Pipeline
+from .state import PipelineStats
 
 __all__ = ["Pipeline", "PipelineOptions", "PipelineStats", "PromptBatch", "ScoredBatch"]
