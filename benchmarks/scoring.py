@@ -1,6 +1,6 @@
 """The teacher-scoring service beside what it is built on.
 
-    python -m benchmarks.scoring [--quick] --json FILE
+    python -m benchmarks.scoring [--quick] [--part PART ...] --json FILE
 
 - Throughput at saturation: items streamed to a server in another process, over a bare length-sorted loop of batched
   forwards of the same model in this process, with the same token budget and threads. In pairs.
@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import tempfile
@@ -33,7 +34,7 @@ from scoring.items import ScoreItem, Scores
 from scoring.load_generator import generate_load
 
 from ._common import save, show
-from ._scoring_loads import measure_loads
+from ._scoring_loads import MAX_WAIT_S, measure_loads
 from ._scoring_server import ServerProcess
 from ._scoring_wire import measure_wire
 
@@ -151,52 +152,73 @@ def measure_latency(target: str, tokens_per_second: float, count: int) -> dict[s
     }
 
 
-@click.command()
-@click.option("--quick", is_flag=True)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
-def main(quick: bool, json_path: Path | None) -> None:
-    torch.set_num_threads(THREADS)
-    result: dict[str, Any] = {"token_budget": BUDGET, "threads": THREADS, "group": [GROUP, SHARED, OWN]}
-    result["wire"] = measure_wire(4096 if quick else 16_384, 3 if quick else 5)
-    top = result["wire"]["top64"]
-    result["topk_wire_ratio_to_json"] = top["json_us"] / top["ours_us"]
-    result["topk_wire_ratio_to_base64"] = top["base64_us"] / top["ours_us"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result["parameters"] = make_model(folder / "model")
-        teacher = {"model": "model", "precision": "float32", "pinned": True, "token_budget": BUDGET}
-        config = {"memory": "8GiB", "threads": THREADS, "teachers": {"t": teacher}}
-        with ServerProcess(folder / "shared.yaml", config) as server, ScoringClient([server.target]) as client:
-            warm = make_items([64], np.random.default_rng(3))
-            served(client, warm)
+def measure_model(folder: Path, wanted: set[str], quick: bool, tokens_per_second: float) -> dict[str, Any]:
+    """What needs the large model."""
+    result: dict[str, Any] = {"parameters": make_model(folder / "model")}
+    teacher = {"model": "model", "precision": "float32", "pinned": True, "token_budget": BUDGET}
+    config = {"memory": "8GiB", "threads": THREADS, "teachers": {"t": teacher}}
+    warm = make_items([64], np.random.default_rng(3))
+    with ServerProcess(folder / "shared.yaml", config) as server, ScoringClient([server.target]) as client:
+        served(client, warm)
+        if "throughput" in wanted:
             model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
             bare(model, warm)
             result.update(measure_throughput(client, model, 1 if quick else 3, 4 if quick else 8))
+            tokens_per_second = result["tokens_per_second"]
             del model
-            result.update(measure_latency(server.target, result["tokens_per_second"], 3 if quick else 16))
+        if "latency" in wanted:
+            if not tokens_per_second:
+                raise click.UsageError("latency needs the throughput: measure that part too, or first")
+            result.update(measure_latency(server.target, tokens_per_second, 3 if quick else 16))
+        if "sharing" in wanted:
             unshared = {**config, "teachers": {"t": {**teacher, "share_prefixes": False}}}
             with ServerProcess(folder / "unshared.yaml", unshared) as two, ScoringClient([two.target]) as other:
                 served(other, warm)
                 result.update(measure_sharing(client, other, 1 if quick else 2))
-        result.update(measure_loads(folder, 15.0 if quick else 60.0))
+    return result
+
+
+PARTS = ("wire", "throughput", "latency", "sharing", "loads")
+
+
+@click.command()
+@click.option("--quick", is_flag=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these, beside what the file holds."
+)
+def main(quick: bool, json_path: Path | None, parts: tuple[str, ...]) -> None:
+    torch.set_num_threads(THREADS)
+    result: dict[str, Any] = {"token_budget": BUDGET, "threads": THREADS, "group": [GROUP, SHARED, OWN]}
+    if parts and json_path is not None and json_path.exists():
+        kept = json.loads(json_path.read_text())
+        result = {key: value for key, value in kept.items() if key not in ("date", "quick", "hardware")} | result
+    wanted = set(parts or PARTS)
+    if "wire" in wanted:
+        result["wire"] = measure_wire(4096 if quick else 16_384, 3 if quick else 5)
+        top = result["wire"]["top64"]
+        result["topk_wire_ratio_to_json"] = top["json_us"] / top["ours_us"]
+        result["topk_wire_ratio_to_base64"] = top["base64_us"] / top["ours_us"]
+    with tempfile.TemporaryDirectory() as name:
+        if wanted & {"throughput", "latency", "sharing"}:
+            result.update(measure_model(Path(name), wanted, quick, result.get("tokens_per_second", 0.0)))
+        if "loads" in wanted:
+            result.update(measure_loads(Path(name), 15.0 if quick else 60.0))
     save(json_path, result, quick=quick)
+    rows = [
+        ("tokens/s at saturation", "tokens_per_second", "{:.0f}", ""),
+        ("  over a bare loop of forwards", "ratio_to_bare_forward", "{:.3f}", "at least 0.92"),
+        ("a group of 8, prompt shared", "prefix_sharing_speedup", "{:.2f} ×", f"theory {THEORY:.2f} ×"),
+        ("loads of teachers over the fewest", "teacher_loads_ratio_to_min", "{:.2f}", "at most 1.2"),
+        ("  longest wait, seconds", "teacher_wait_max_s", "{:.1f}", f"bound {MAX_WAIT_S:.1f}"),
+        ("top 64 on the wire, JSON lists over ours", "topk_wire_ratio_to_json", "{:.1f}", "at least 10"),
+        ("  base64 in JSON over ours", "topk_wire_ratio_to_base64", "{:.1f}", "at least 3"),
+        ("latency at 2/3 load, p99", "p99_latency_ms", "{:.0f} ms", ""),
+    ]
     show(
         "Teacher scoring",
         ("", "measured", "beside"),
-        [
-            ("tokens/s at saturation", f"{result['tokens_per_second']:.0f}", ""),
-            ("  over a bare loop of forwards", f"{result['ratio_to_bare_forward']:.3f}", "at least 0.92"),
-            ("a group of 8, prompt shared", f"{result['prefix_sharing_speedup']:.2f} ×", f"theory {THEORY:.2f} ×"),
-            ("loads of teachers over the fewest", f"{result['teacher_loads_ratio_to_min']:.2f}", "at most 1.2"),
-            (
-                "  longest wait",
-                f"{result['teacher_wait_max_s']:.1f} s",
-                f"bound {result['teacher_wait_bound_s']:.1f} s",
-            ),
-            ("top 64 on the wire, JSON lists over ours", f"{result['topk_wire_ratio_to_json']:.1f}", "at least 10"),
-            ("  base64 in JSON over ours", f"{result['topk_wire_ratio_to_base64']:.1f}", "at least 3"),
-            ("latency p99 at 2/3 load", f"{result['p99_latency_ms']:.0f} ms", f"p50 {result['p50_latency_ms']:.0f} ms"),
-        ],
+        [(text, form.format(result[key]), beside) for text, key, form, beside in rows if key in result],
     )
 
 

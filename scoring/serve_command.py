@@ -8,12 +8,17 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.logging import RichHandler
 
 from rollout_wal.errors import RolloutWalError
+
+if TYPE_CHECKING:
+    from .config import ServeConfig
+    from .scheduler import Scheduler
 
 log = logging.getLogger("scoring.serve")
 
@@ -52,14 +57,10 @@ def serve_teachers(config: Path, check: bool, port_file: Path | None, log_level:
     sys.exit(code)
 
 
-async def _serve(settings: object, scheduler: object, console: Console, port_file: Path | None) -> int:
-    from .config import ServeConfig
+async def _serve(settings: ServeConfig, scheduler: Scheduler, console: Console, port_file: Path | None) -> int:
     from .progress import Progress
-    from .scheduler import Scheduler
     from .server import ScoringServer
 
-    assert isinstance(settings, ServeConfig)
-    assert isinstance(scheduler, Scheduler)
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
