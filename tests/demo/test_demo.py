@@ -35,22 +35,33 @@ def check(summary: dict[str, object], out: Path) -> None:
     assert variants["regenerate"]["identical_to_uninterrupted"] is True
     assert "predicted_mean_length" in variants["restart"]
     assert "predicted_mean_length" in variants["early_delivery"]
+    kv = summary["kv_snapshots"]
+    assert isinstance(kv, dict)
+    assert kv["with"]["identical_to_uninterrupted"] is True, kv
+    assert kv["without"]["tokens_loaded"] == 0
+    assert [set(t) for t in kv["time_to_resume"]] == [{"tokens", "prefill_s", "load_s"}] * 2
     assert json.loads((out / "summary.json").read_text()) == summary
     page = (out / "report.html").read_text()
     assert "<svg" in page
+    assert "What KV snapshots save" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_shows_the_bias_and_the_cure(tmp_path: Path) -> None:
     """Whole run, small: workers are killed, the log's output equals the uninterrupted run."""
     with start(tmp_path) as process:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=540)
     assert process.returncode == 0, err.decode()[-2000:]
     summary = json.loads(out)
     check(summary, tmp_path)
     assert summary["variants"]["wal"]["worker_deaths"] > 0
     assert summary["variants"]["wal"]["keyed"]["worker_deaths"] > 0
     assert summary["variants"]["restart"]["tokens_recomputed"] > 0
+    kv = summary["kv_snapshots"]
+    assert kv["with"]["snapshots"] > 0
+    assert kv["with"]["tokens_loaded"] > 0
+    assert kv["with"]["tokens_recomputed_per_resume"] < kv["without"]["tokens_recomputed_per_resume"]
 
 
 @pytest.mark.slow
