@@ -4,8 +4,8 @@
 
 The real engine core with the logging scheduler, in this process, outputs held until durable. The hook's share of a step
 is the time that the scheduler's own methods take beyond those of vLLM's that they call, over the time of the step;
-p50 over steps in which all requests decode. Throughput is compared in interleaved pairs of blocks on one engine: the
-same requests with and without a rollout id, both drawn by the project's sampler, so that the difference is the log.
+p50 over steps in which all requests decode. Throughput is compared in interleaved pairs of short blocks of steps of one
+running batch, with and without the log; both are drawn by the project's sampler, so that the difference is the log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams as VllmParams
@@ -34,15 +33,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from rollout_wal.engines.base import Request
-from rollout_wal.engines.vllm.processor import PLAN, plan_of
-from rollout_wal.params import SamplingParams
-
 from ._common import save, show
 
 REQUESTS = (16, 64)
-STEPS = 100
-PAIRS = 20
+STEPS = 200
+PAIRS = 60
+BLOCK = 10
+PAIRS_PER_BATCH = 20
 
 
 def make_engine(folder: Path, log: Path, hidden: int, layers: int) -> Any:
@@ -111,7 +108,7 @@ class Bench:
         self._count = 0
         self._running: list[str] = []
 
-    def begin(self, requests: int, logged: bool) -> None:
+    def begin(self, requests: int) -> None:
         """A fresh batch, past its prefill."""
         self.core.abort_requests(self._running)
         while self.core.engine_core.scheduler.has_requests():
@@ -119,23 +116,14 @@ class Bench:
         self._running = []
         for index in range(requests):
             self._count += 1
-            prompt = np.arange(1, 9, dtype=np.int32)
-            extra: dict[str, Any] = {"rollout": self._count, "rollout_key": index}
-            if not logged:
-                nothing = np.zeros(0, np.int32)
-                sampling = SamplingParams(max_tokens=1800, ignore_eos=True)
-                request = Request(index, prompt, nothing, nothing.astype(np.bool_), sampling, index)
-                extra = {PLAN: plan_of(index, request)}
             params = VllmParams(
-                temperature=1.0 if logged else 0.0,
                 max_tokens=1800,
                 ignore_eos=True,
                 detokenize=False,
-                logprobs=0,
-                extra_args=extra,
+                extra_args={"rollout": self._count, "rollout_key": index},
             )
             name = f"{self._count}"
-            source = {"prompt_token_ids": prompt.tolist()}
+            source = {"prompt_token_ids": list(range(1, 9))}
             self.core.add_request(
                 self.engine.input_processor.process_inputs(name, source, params, supported_tasks=self._tasks)
             )
@@ -155,7 +143,7 @@ class Bench:
 
 
 def share(bench: Bench, requests: int, steps: int) -> dict[str, float]:
-    bench.begin(requests, logged=True)
+    bench.begin(requests)
     walls, hooks = bench.steps(steps)
     shares = [h / w for h, w in zip(hooks, walls, strict=True)]
     return {
@@ -166,16 +154,33 @@ def share(bench: Bench, requests: int, steps: int) -> dict[str, float]:
     }
 
 
-def throughput(bench: Bench, requests: int, pairs: int, steps: int) -> dict[str, Any]:
+def block(bench: Bench, logged: bool) -> float:
+    """Seconds of BLOCK steps of the running batch, the wait for the last sync included."""
+    scheduler = bench.core.engine_core.scheduler
+    members = scheduler._members
+    if not logged:
+        scheduler._members = {}  # the scheduler knows of no rollout: all outputs pass, as vLLM's own would
+    start = time.perf_counter()
+    for _ in range(BLOCK):
+        bench.core.get_output()
+    if logged:
+        scheduler._log.flush()
+        scheduler._log.take()
+    seconds = time.perf_counter() - start
+    scheduler._members = members
+    return seconds
+
+
+def throughput(bench: Bench, requests: int, pairs: int) -> dict[str, Any]:
     order = random.Random(0)
     ratios, rates = [], []
-    for _ in range(pairs):
-        seconds = {}
-        for logged in order.sample((False, True), 2):
-            bench.begin(requests, logged)
-            seconds[logged] = sum(bench.steps(steps)[0])
+    for number in range(pairs):
+        if number % PAIRS_PER_BATCH == 0:
+            bench.begin(requests)
+            block(bench, True)
+        seconds = {logged: block(bench, logged) for logged in order.sample((False, True), 2)}
         ratios.append(seconds[False] / seconds[True])
-        rates.append(requests * steps / seconds[False])
+        rates.append(requests * BLOCK / seconds[False])
     quartiles = statistics.quantiles(ratios, n=4)
     return {
         "ratio": statistics.median(ratios),
@@ -198,7 +203,7 @@ def main(quick: bool, path: Path | None, folder: Path | None, hidden: int, layer
         engine = make_engine(Path(scratch) / "model", Path(scratch) / "wal", hidden, layers)
         bench = Bench(engine)
         shares = {n: share(bench, n, cut(STEPS)) for n in REQUESTS}
-        rate = throughput(bench, REQUESTS[0], cut(PAIRS), 20)
+        rate = throughput(bench, REQUESTS[0], cut(PAIRS))
         engine.engine_core.shutdown()
     show(
         "The hook's share of a step of vLLM's engine core, outputs held until durable",

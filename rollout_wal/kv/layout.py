@@ -130,6 +130,8 @@ class KvLayout:
     layers: tuple[Layer, ...]
     tp_rank: int = 0
     tp_size: int = 1
+    packing: str = ""
+    """How an engine packs the bytes, where it is not by token: what one engine saved, another must not load."""
 
     @cached_property
     def token_parts(self) -> tuple[TokenPart, ...]:
@@ -159,6 +161,7 @@ class KvLayout:
             "layers": [{"kind": layer.KIND, **asdict(layer)} for layer in self.layers],
             "tp_rank": self.tp_rank,
             "tp_size": self.tp_size,
+            **({"packing": self.packing} if self.packing else {}),
         }
 
     @classmethod
@@ -179,7 +182,8 @@ class KvLayout:
                 if "shapes" in layer:
                     layer["shapes"] = tuple(tuple(int(n) for n in shape) for shape in layer["shapes"])
             made = tuple(_KINDS[kind](**layer) for kind, layer in zip(kinds, layers, strict=True))
-            return cls(dtype, made, int(description.get("tp_rank", 0)), int(description.get("tp_size", 1)))
+            ranks = int(description.get("tp_rank", 0)), int(description.get("tp_size", 1))
+            return cls(dtype, made, *ranks, str(description.get("packing", "")))
         except (KeyError, TypeError, ValueError) as error:
             raise _unknown(f"the KV layout cannot be read: {type(error).__name__}: {error}") from error
 

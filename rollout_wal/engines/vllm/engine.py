@@ -17,14 +17,23 @@ from typing import Any, Final
 
 import numpy as np
 
-from ...errors import ArchitectureMismatch, BackendError, BadInput, problem
+from ...errors import ArchitectureMismatch, BackendError, BadInput, KvError, problem
 from ...finish import finish_reason
+from ...kv.layout import KvArrays
 from ..base import EngineInfo, FinishReason, Request, StepOutput
 from ..common.admission import check_request
 from . import support
 from .model import Checkpoint, folder_digest, info_of, mismatch, same_architecture, same_shapes
 
 _PROCESSOR: Final = "rollout_wal.engines.vllm.processor:PositionNoise"
+
+_OURS: Final = (
+    "speculative_config",
+    "logits_processors",
+    "worker_extension_cls",
+    "scheduler_cls",
+    "kv_transfer_config",
+)
 
 # Before vLLM is imported. The engine core in this process, so that a step is a step of this worker; model runner V1,
 # whose logits processors decide the token; and no call home from a machine that may have no network.
@@ -41,9 +50,11 @@ for _name, _value in _DEFAULTS.items():
 
 import torch  # noqa: E402
 from vllm import SamplingParams as VllmParams  # noqa: E402
+from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
+from .connector import CONNECTOR, BlockConnector, gather, shape_of  # noqa: E402
 from .processor import PLAN, PositionNoise, plan_of  # noqa: E402
 from .worker import EXTENSION  # noqa: E402
 
@@ -69,6 +80,7 @@ class VllmEngine:
         version = support.check(support.ENGINE_HOOKS)
         self._info = info_of(self._config, version, folder_digest(folder, self._dtype))
         self._in_process = self._config.parallel_config.world_size == 1
+        self._keeps_kv = False
         self._running: dict[int, _Running] = {}
         self._slot_of: dict[str, int] = {}
         self._added = 0
@@ -81,6 +93,7 @@ class VllmEngine:
         policy_version: int = 0,
         max_batch: int = 64,
         dtype: str = "auto",
+        kv_connector: bool = True,
         **engine_args: Any,
     ) -> VllmEngine:
         """Load a local model folder.
@@ -88,6 +101,8 @@ class VllmEngine:
         Args:
             max_batch: requests that run at once (vLLM's max_num_seqs).
             dtype: as for vLLM.
+            kv_connector: let KV be saved and loaded (`RolloutBackend(..., kv=...)`). vLLM then keeps everything in
+                the cache for models with sliding windows too, so turn it off for those where memory is short.
             engine_args: further arguments of vLLM's EngineArgs: tensor_parallel_size, max_model_len,
                 gpu_memory_utilization, kv_cache_memory_bytes, ...
 
@@ -97,7 +112,7 @@ class VllmEngine:
         """
         support.check(support.ENGINE_HOOKS)
         folder = Path(folder)
-        for name in ("speculative_config", "logits_processors", "worker_extension_cls", "scheduler_cls"):
+        for name in _OURS:
             if engine_args.get(name):
                 raise BadInput(
                     problem(
@@ -124,6 +139,7 @@ class VllmEngine:
                     **engine_args,
                     "model": str(folder),
                     "dtype": dtype,
+                    "kv_transfer_config": _connector() if kv_connector else None,
                     "max_num_seqs": max_batch,
                     "logits_processors": [_PROCESSOR],
                     "worker_extension_cls": EXTENSION,
@@ -146,6 +162,9 @@ class VllmEngine:
 
     def add(self, request: Request) -> None:
         """See `Engine.add`."""
+        self._add(request)
+
+    def _add(self, request: Request) -> str:
         check_request(request, self._info)
         if request.slot in self._running:
             raise BadInput(
@@ -176,12 +195,14 @@ class VllmEngine:
         self._core.add_request(made)
         self._running[request.slot] = _Running(name, request, sampled, len(tokens))
         self._slot_of[name] = request.slot
+        return name
 
     def abort(self, slot: int) -> None:
         """See `Engine.abort`."""
         running = self._running.pop(slot, None)
         if running is not None:
             del self._slot_of[running.name]
+            BlockConnector.offered.pop(running.name, None)
             self._core.abort_requests([running.name])
 
     def step(self) -> StepOutput:
@@ -254,10 +275,70 @@ class VllmEngine:
         same_shapes(self._shapes, Checkpoint(source).shapes())
         digest = folder_digest(source, self._dtype)
         self._core.collective_rpc("rollout_wal_reload", args=(str(source),))
-        # KV of the old weights must reach nobody: what runs is computed again, and what is cached is dropped.
-        self._core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        if not self._keeps_kv:
+            # KV of the old weights must reach nobody: what runs is computed again, and what is cached is dropped.
+            BlockConnector.offered.clear()
+            self._core.reset_prefix_cache(reset_running_requests=True)
         self._policy_version = version
         self._info = replace(self._info, weights_digest=digest)
+
+    # -- rollout_wal.kv.SupportsKv --------------------------------------------------------------------------------
+
+    def kv_layout(self) -> Mapping[str, Any]:
+        """See `SupportsKv.kv_layout`.
+
+        Raises:
+            KvError: several processes or several kinds of layers, which are not saved.
+        """
+        if not self._in_process or self._config.kv_transfer_config is None:
+            raise KvError(
+                problem(
+                    "the KV cache of this engine is in other processes, or it was built with kv_connector=False",
+                    consequence="Rollouts are resumed by prefill",
+                    remedy="None is needed; KV is saved where one process runs the model",
+                )
+            )
+        heads, block, width = shape_of(BlockConnector.caches)
+        dtype = next(iter(BlockConnector.caches.values())).dtype
+        half = {"kind": "attention", "kv_heads": heads, "key_dim": width // 2, "value_dim": width - width // 2}
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "layers": [half for _ in BlockConnector.caches],
+            "packing": f"vllm-{self._info.engine_version}/{self._info.extras['device']}/{block}",
+        }
+
+    def kv_tokens(self, slot: int) -> int:
+        """See `SupportsKv.kv_tokens`: whole blocks alone."""
+        running = self._running.get(slot)
+        found = self._core.engine_core.scheduler.requests.get(running.name) if running is not None else None
+        if found is None:
+            return 0
+        # What is scheduled and not yet back counts as computed for vLLM, and not here.
+        block = int(self._config.cache_config.block_size)
+        computed = int(found.num_computed_tokens) - int(found.num_in_flight_tokens)
+        return min(computed, int(found.num_tokens)) // block * block
+
+    def keep_kv(self) -> None:
+        """See `SupportsKv.keep_kv`."""
+        self._keeps_kv = True
+        self._info = replace(self._info, extras={**self._info.extras, "kv_on_update": "keep"})
+
+    def save_kv(self, slot: int) -> KvArrays | None:
+        """See `SupportsKv.save_kv`."""
+        count = self.kv_tokens(slot)
+        if not count:
+            return None
+        scheduler = self._core.engine_core.scheduler
+        name = self._running[slot].name
+        (blocks,) = scheduler.kv_cache_manager.get_block_ids(name)
+        tokens = np.array(list(scheduler.requests[name].all_token_ids[:count]), np.int32)
+        size = int(self._config.cache_config.block_size)
+        return gather(BlockConnector.caches, blocks[: count // size], tokens)
+
+    def add_with_kv(self, request: Request, kv: KvArrays) -> None:
+        """See `SupportsKv.add_with_kv`."""
+        name = self._add(request)
+        BlockConnector.offered[name] = kv
 
     def close(self) -> None:
         """Forget all requests and end vLLM. The engine must not be used afterwards."""
@@ -273,6 +354,15 @@ class VllmEngine:
         drawn: tuple[list[int], list[int], list[float], list[float]]
         drawn = self._core.collective_rpc("rollout_wal_drawn")[0]  # all ranks draw the same
         return drawn
+
+
+def _connector() -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=BlockConnector.__module__,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
 
 
 class _Running:

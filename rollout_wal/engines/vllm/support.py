@@ -9,6 +9,7 @@ VERSIONS = Versions("0.32.0", "0.33")
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _CORE = "vllm.v1.engine.core:EngineCore"
+_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
 _PROCESSOR = "vllm.v1.sample.logits_processor.interface:LogitsProcessor"
 
 PROCESSOR_HOOKS = (
@@ -23,6 +24,12 @@ PROCESSOR_HOOKS = (
 
 ENGINE_HOOKS = (
     *PROCESSOR_HOOKS,
+    Hook(f"{_CONNECTOR}.get_num_new_matched_tokens", ("self", "request", "num_computed_tokens")),
+    Hook(f"{_CONNECTOR}.update_state_after_alloc", ("self", "request", "blocks", "num_external_tokens")),
+    Hook(f"{_CONNECTOR}.build_connector_meta", ("self", "scheduler_output")),
+    Hook(f"{_CONNECTOR}.register_kv_caches", ("self", "kv_caches")),
+    Hook(f"{_CONNECTOR}.start_load_kv", ("self", "forward_context")),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", ("self", "request_id")),
     Hook("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", ("cls", "engine_args")),
     Hook("vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("self", "request_id", "prompt", "params")),
     Hook("vllm.v1.engine.core_client:InprocClient.get_output", ("self",)),
