@@ -58,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each process takes many seconds to import SGLang, and there are as many as there are kills."""
+    limit = 300 + 60 * int(config.getoption("--kills"))
+    for item in items:
+        item.add_marker(pytest.mark.timeout(limit))
+
+
 @pytest.fixture(scope="session")
 def kills(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--kills"))
@@ -150,7 +157,7 @@ def tools() -> Any:
     return Tools
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 150.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that in time"
@@ -203,7 +210,7 @@ class Server:
                 self.events.append(json.loads(line))
 
     def wait_ready(self) -> Server:
-        wait_until(lambda: bool(self.events) or self.process.poll() is not None, 120)
+        wait_until(lambda: bool(self.events) or self.process.poll() is not None, 280)
         assert self.events, self._errors.read_text()[-4000:]
         self.pids = self.events[0]["pids"]
         return self
@@ -225,7 +232,7 @@ class Server:
     def of(self, event: str, name: str) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == event and e.get("id") == name]
 
-    def ended(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
+    def ended(self, name: str, timeout_s: float = 150.0) -> dict[str, Any]:
         wait_until(
             lambda: bool(self.of("ended", name) or self.of("refused", name)) or self.process.poll() is not None,
             timeout_s,

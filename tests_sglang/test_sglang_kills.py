@@ -52,7 +52,7 @@ def one_round(
             extra = {"rollout": i, "rollout_key": seed + i}
             server.generate(f"r{i}", prompt, custom_params=extra, stream=True, **params)
         if role is None:
-            outputs = [server.ended(f"r{i}", 120) for i in range(len(given))]
+            outputs = [server.ended(f"r{i}") for i in range(len(given))]
             server.end()
             break
         want = rng.randrange(1, 60)

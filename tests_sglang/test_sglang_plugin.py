@@ -18,7 +18,8 @@ from rollout_wal.params import SamplingParams
 
 @pytest.fixture(scope="module")
 def server(server_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    running = server_of(tmp_path_factory.mktemp("plugin") / "wal").wait_ready()
+    # Overlapped, as on a GPU: each step is drawn before the one before it is appended.
+    running = server_of(tmp_path_factory.mktemp("plugin") / "wal", disable_overlap_schedule=False).wait_ready()
     yield running
     running.end()
 

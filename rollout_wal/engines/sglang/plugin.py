@@ -81,6 +81,9 @@ class Logging:
         setattr(scheduler.tp_worker.model_runner, ATTRIBUTE, self.rollouts)
         version = int(os.environ.get(VERSION, "0"))
         self._weights: tuple[int, str] | None = (version, digest)
+        self.rollouts.version = version
+        self._undeclared: tuple[int, str, str] | None = None
+        """Weights in force, of which no token has been logged yet: version, digest, source."""
         scheduler.record_weight_version_change(new_version=str(version))
         self._running: dict[int, Any] = {}
         """Rollout to the request that has it."""
@@ -230,6 +233,7 @@ class Logging:
         """The results of a step, before they are streamed: append what is new of each rollout."""
         rows: list[tuple[int, int, float, float, int]] = []
         over: list[Any] = []
+        version = -1
         for req in reqs:
             rollout: Rollout | None = getattr(req, ATTRIBUTE, None)
             if req is skip_req or rollout is None or req.rid not in self.rollouts.by_rid:
@@ -238,9 +242,12 @@ class Logging:
             finish = _finish_of(req, rollout)
             if drawn is not None and not getattr(req, _MEMBER).cut_off:
                 rows.append((rollout.request.slot, drawn.token, drawn.logprob, drawn.sampling_logprob, int(finish)))
+                version = drawn.version  # of all rows: they come out of one forward pass
             if req.finished():
                 over.append(req)
         if rows and self.log is not None:
+            if self._undeclared is not None and version == self._undeclared[0]:
+                self._declare()
             slot, token, logprob, sampling_logprob, finishes = zip(*rows, strict=True)
             self.log.append(
                 np.array(slot, np.uint16),
@@ -293,17 +300,41 @@ class Logging:
 
     def updated(self, version: str, source: str, flushed: bool) -> None:
         """The weights have changed: said before a token is sampled under them."""
-        folder = Path(source)
+        folder, before = Path(source), str(self.rollouts.version)
         digest = quick_digest(folder) if source and folder.is_dir() else f"{DECLARED}{version}"
         # KV that was not flushed is of the old weights, and nobody can tell it from what comes.
         self._weights = (int(version), digest) if flushed else None
-        if self.log is not None and int(version) != self.log.policy_version:
-            self.log.policy(int(version), digest, source)
+        if int(version) == self.rollouts.version:
+            return
+        self.rollouts.version = int(version)
+        self._undeclared = (int(version), digest, source)
+        # Overlapped: a step of the old weights may be on its way still, and its tokens are theirs.
+        late = [rollout for rollout in self.rollouts.by_rid.values() if rollout.drawn]
+        for rollout in late:
+            _count_late(rollout.req, len(rollout.drawn), before)
+        if not late:
+            self._declare()
+
+    def _declare(self) -> None:
+        if self.log is not None and self._undeclared is not None:
+            self.log.policy(*self._undeclared)
             self.let_go()
+        self._undeclared = None
 
     @property
     def kv_weights(self) -> tuple[int, str] | None:
         return self._weights
+
+
+def _count_late(req: Any, late: int, version: str) -> None:
+    """SGLang's spans end at what was appended when the weights changed; these tokens were drawn before, too."""
+    from sglang.srt.utils.weight_versions import WeightVersionEvent
+
+    count = len(req.output_ids)
+    events = req.weight_version_events
+    if events and events[-1].num_output_tokens == count and events[-1].old_version == version:
+        events.pop()
+    events.append(WeightVersionEvent(old_version=version, num_output_tokens=count + late))
 
 
 def _finish_of(req: Any, rollout: Rollout) -> FinishReason:
@@ -420,6 +451,14 @@ def _built(result: Any, scheduler: Any, server_args: Any, port_args: Any) -> Non
     global _state
     hooks.check_in_force((*hooks.SAMPLING, *WRAPS))
     _check_config(server_args)
+    if scheduler.rust_server is not None:
+        raise BadInput(
+            problem(
+                "SGLang runs with its Rust front end, which takes outputs past the log",
+                consequence="It was not started, because rollouts could not be logged",
+                remedy=f"Unset SGLANG_RUST_SERVER, or unset {LOG}",
+            )
+        )
     _state = Logging(scheduler)
     log.info("rollouts are logged in %s", os.environ[LOG])
 

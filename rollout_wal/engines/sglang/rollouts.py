@@ -33,6 +33,8 @@ class Drawn:
     token: int
     logprob: float
     sampling_logprob: float
+    version: int
+    """Of the weights that it was drawn under; see `Rollouts.version`."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,8 @@ class Rollouts:
         self._max_context = max_context
         self._sampler = RowSampler(rows, eos_token_ids, max_context)
         self.by_rid: dict[str, Rollout] = {}
+        self.version = 0
+        """Of the weights in force. Whoever replaces them sets it."""
 
     def __len__(self) -> int:
         return len(self.by_rid)
@@ -140,8 +144,10 @@ class Rollouts:
         where = torch.from_numpy(index).to(logits_BV.device)
         out = self._sampler.draw(logits_BV[where], np.array([r.row for r in members], np.int64))
         columns = (length_N, out.token_N, out.logprob_N, out.sampling_logprob_N)
-        for rollout, *values in zip(members, *(column.tolist() for column in columns), strict=True):
-            new = Drawn(*values)
+        for rollout, position, token, logprob, sampling_logprob in zip(
+            members, *(column.tolist() for column in columns), strict=True
+        ):
+            new = Drawn(position, token, logprob, sampling_logprob, self.version)
             # A token beyond it was drawn for a step that SGLang took back.
             rollout.drawn = [d for d in rollout.drawn if d.position < new.position]
             rollout.drawn.append(new)
