@@ -1,4 +1,4 @@
-"""The client for callers without an event loop: the same one, on a thread of its own."""
+"""The client for callers without an event loop: the same one, on the loop of a background thread."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from rollout_wal.dataset import Provenance
 
 from .asynchronous import AsyncScoringClient
+from .background import background_loop
 from .heads import TeacherHead
 from .options import ClientOptions
 from .run import Items, Outcome
@@ -27,8 +28,7 @@ class ScoringClient:
         self, targets: Sequence[str], options: ClientOptions | None = None, *, pins: dict[str, str] | None = None
     ) -> None:
         self._client = AsyncScoringClient(targets, options, pins=pins)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="scoring-client", daemon=True)
+        self._loop = background_loop()
 
     @property
     def pins(self) -> dict[str, str]:
@@ -36,17 +36,11 @@ class ScoringClient:
         return self._client.pins
 
     def __enter__(self) -> ScoringClient:
-        self._thread.start()
         self._call(self._client.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._call(self._client.__aexit__())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
 
     def teachers(self) -> dict[str, dict[str, Any]]:
         """As `AsyncScoringClient.teachers`."""
