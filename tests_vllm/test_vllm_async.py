@@ -64,10 +64,8 @@ class Client:
         extra = {k: params.pop(k) for k in [*params] if k.startswith("rollout_")}
         if name is not None:
             extra = {"rollout": name, "rollout_key": KEY + index, **extra}
-        options: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True, "logprobs": 0, **params}
-        sampling = VllmParams(
-            detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra or None, **options
-        )
+        options = {"max_tokens": 120, "ignore_eos": True, "logprobs": 0, "detokenize": False, **params}
+        sampling = VllmParams(output_kind=RequestOutputKind.DELTA, extra_args=extra or None, **options)
         tokens: list[int] = []
         logprobs: list[float] = []
         finish = None
@@ -255,6 +253,30 @@ def test_bad_words_span_a_resume(client: Client, expected: list[list[int]], mode
     assert whole[: at + 1] == output[: at + 1], "the word came earlier: the test tests nothing"
     assert len(whole) == 120
     assert all(whole[i : i + 2] != pair for i in range(119))
+
+
+def test_stop_strings_cut_at_the_same_place_on_every_answer(
+    client: Client, expected: list[list[int]], model: Path
+) -> None:
+    """vLLM's front end finds them: the log holds what was sampled, and every answer from it is cut again."""
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(model).decode(expected[6])
+    stop = text[len(text) // 2 :][:4]
+
+    async def answers() -> list[Any]:
+        # The same noise and sampling under two names: one is interrupted, the other is not.
+        whole = await client.ask(6, "stop-whole", stop=[stop], detokenize=True)
+        await client.ask(6, "stop-cut", upto=10, stop=[stop], detokenize=True)
+        resumed = await client.ask(6, "stop-cut", stop=[stop], detokenize=True)
+        again = await client.ask(6, "stop-cut", stop=[stop], detokenize=True)
+        return [whole, resumed, again]
+
+    whole, resumed, again = client.run(answers())
+    assert whole[1] == resumed[1] == again[1] == "stop"
+    assert 10 < len(whole[0]) < 120
+    assert resumed[0][: len(whole[0])] == whole[0] == expected[6][: len(whole[0])]
+    assert again[0][: len(whole[0])] == whole[0]
 
 
 def test_weights_are_logged_with_their_version(client: Client) -> None:

@@ -54,6 +54,7 @@ def test_random_kills_of_workers_change_nothing(
 ) -> None:
     rng = random.Random(kills)
     done = threading.Event()
+    total = SAMPLING.max_tokens * len(PROMPTS) * GROUP
     with RolloutBackend(spec, tmp_path / "wal", workers=1, slots=8, poison=PoisonRule(deaths=kills + 9)) as backend:
         coordinator = backend._coordinator
         assert coordinator is not None
@@ -61,7 +62,7 @@ def test_random_kills_of_workers_change_nothing(
         def killer() -> None:
             for _ in range(kills):
                 worker = coordinator._workers[0]
-                seen = backend.stats.tokens + rng.randrange(1, 400)
+                seen = backend.stats.tokens + rng.randrange(1, total // kills)
                 while not (worker.running and backend.stats.tokens >= seen):
                     if done.wait(0.002):
                         return
@@ -76,7 +77,7 @@ def test_random_kills_of_workers_change_nothing(
         got = outputs(backend)
         done.set()
         thread.join()
-        assert backend.stats.deaths >= min(kills, 3)
+        assert backend.stats.deaths >= kills * 3 // 5
         assert backend.stats.resumed > 0
     assert [got[i].tokens.tolist() for i in range(len(reference))] == reference
     assert all(r.output.sampling_logprob.valid_T.all() for r in got.values())
@@ -127,6 +128,22 @@ def test_the_whole_tree_is_killed_and_the_same_rollouts_go_on(
     with RolloutBackend(spec, tmp_path / "wal", workers=1, slots=8) as backend:
         got = outputs(backend)
     assert shown <= set(got)
+    assert [got[i].tokens.tolist() for i in range(len(reference))] == reference
+
+
+def test_a_preempted_worker_saves_its_kv_and_the_next_one_loads_it(
+    spec: EngineSpec, reference: list[list[int]], tmp_path: Path, tools: SimpleNamespace
+) -> None:
+    with RolloutBackend(spec, tmp_path / "wal", workers=1, slots=8, kv="auto") as backend:
+        rollouts = iter(backend.generate(PROMPTS, SAMPLING, group_size=GROUP, seed=1, cohort="c"))
+        tools.wait_until(lambda: backend.stats.tokens > 1500)
+        worker = backend._coordinator._workers[0]  # type: ignore[union-attr]
+        worker.signal(signal.SIGTERM)
+        got = {r.id - 1: r for r in rollouts}
+        stats = backend.stats
+        assert stats.snapshots > 0
+        assert stats.tokens_loaded > 500
+        assert stats.tokens_prefilled < 32 * 16  # the rest of the last block of each
     assert [got[i].tokens.tolist() for i in range(len(reference))] == reference
 
 

@@ -168,6 +168,56 @@ def test_an_aborted_slot_can_be_used_again_at_once(engine: Any, tools: SimpleNam
     assert tools.drive(engine, requests(tools)[:1])[0] == whole[0]
 
 
+def test_saved_kv_is_loaded_instead_of_computed(
+    engine: Any, tools: SimpleNamespace, whole: dict[int, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rollout_wal.engines.vllm.connector import BlockConnector
+    from rollout_wal.kv import KvLayout, SupportsKv
+
+    assert isinstance(engine, SupportsKv)
+    layout = KvLayout.parse(engine.kv_layout())
+    saved: dict[int, Any] = {}
+
+    def save(step: int, rows: dict[int, list[Any]]) -> None:
+        for slot in (1, 4):
+            if slot not in saved and len(rows[slot]) == 20:
+                saved[slot] = (engine.save_kv(slot), [r[0] for r in rows[slot]])
+
+    assert tools.drive(engine, requests(tools), save) == whole
+    for slot, (kv, prefix) in saved.items():
+        kv.check(layout)
+        # Decoded tokens too, in whole blocks; the last token sampled is never computed.
+        assert len(kv) == (len(PROMPTS[slot]) + 19) // 32 * 32
+        assert kv.token_T.tolist() == [*PROMPTS[slot], *prefix][: len(kv)]
+
+    def resume(slot: int, arrays: Any) -> list[Any]:
+        prefix = saved[slot][1]
+        engine.add_with_kv(
+            tools.request_of(slot, PROMPTS[slot], SAMPLING[slot], prefix=prefix, noise_key=KEYS[slot]), arrays
+        )
+        rows: list[Any] = []
+        while engine.unfinished:
+            out = engine.step()
+            rows += [
+                (int(t), float(a), float(b), int(f))
+                for t, a, b, f in zip(out.token_N, out.logprob_N, out.sampling_logprob_N, out.finish_N, strict=True)
+            ]
+        return rows
+
+    for slot, (kv, _) in saved.items():
+        engine._core.reset_prefix_cache()
+        before = BlockConnector.loaded_tokens
+        assert resume(slot, kv) == whole[slot][20:]
+        assert BlockConnector.loaded_tokens - before == len(kv)
+    # Were the KV not what attention reads, this would be equal too.
+    kv, _ = saved[1]
+    wrong = type(kv)(kv.token_T, tuple(np.roll(part, 1, axis=-1) for part in kv.parts), kv.states)
+    engine._core.reset_prefix_cache()
+    assert resume(1, wrong) != whole[1][20:]
+    engine._core.reset_prefix_cache()
+    assert not BlockConnector.offered
+
+
 def test_new_weights_take_over_in_flight(
     engine: Any, tools: SimpleNamespace, whole: dict[int, list[Any]], model: Path, successor: Path
 ) -> None:
@@ -252,3 +302,32 @@ def test_arguments_that_break_the_sampling_are_refused(engine: Any, model: Path,
         type(engine).from_folder(model, speculative_config={"method": "ngram"})
     with pytest.raises(BadInput, match=r"config\.json"):
         type(engine).from_folder(tmp_path)
+
+
+def test_a_configuration_that_would_not_log_is_refused_by_name() -> None:
+    from rollout_wal.engines.vllm.scheduler import _check_config, _options
+
+    for config in ({}, {"rollout_wal": {"logs": "x"}}, {"rollout_wal": {"log": "x", "polcy": {}}}):
+        with pytest.raises(BadInput, match="vLLM was not started"):
+            _options(SimpleNamespace(additional_config=config))
+    good = {
+        "logits_processors": ["rollout_wal.engines.vllm.processor:PositionNoise"],
+        "logprobs_mode": "raw_logprobs",
+    }
+
+    def config(v2: bool = False, speculative: Any = None, **model: Any) -> Any:
+        return SimpleNamespace(
+            model_config=SimpleNamespace(**{**good, **model}),
+            speculative_config=speculative,
+            use_v2_model_runner=v2,
+        )
+
+    _check_config(config())
+    for bad, what in (
+        (config(logits_processors=None), "the sampler is missing"),
+        (config(logprobs_mode="processed_logprobs"), "logprobs_mode"),
+        (config(v2=True), "model runner V2"),
+        (config(speculative={}), "speculative"),
+    ):
+        with pytest.raises(BadInput, match=what):
+            _check_config(bad)
