@@ -263,6 +263,8 @@ def check_provenance(found: Provenance, expected: Provenance | None, teacher: st
 
 
 def _check_numbers(name: str, values: NDArray[Any], valid: NDArray[np.bool_]) -> None:
+    if not len(values):  # candidates, of which no position has any
+        return
     bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1) & valid
     if bad.any():
         raise _bad(f"{name} is not finite at row {int(bad.argmax())}")
