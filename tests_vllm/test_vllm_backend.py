@@ -49,6 +49,7 @@ def outputs(backend: RolloutBackend, **options: Any) -> dict[int, Any]:
     return {r.id - 1: r for r in rollouts}
 
 
+@pytest.mark.timeout(1800)
 def test_random_kills_of_workers_change_nothing(
     spec: EngineSpec, reference: list[list[int]], tmp_path: Path, kills: int, tools: SimpleNamespace
 ) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from rollout_wal.engines.common.logged import read_logged
 from rollout_wal.params import SamplingParams
@@ -61,6 +62,7 @@ async def ask(server: Any, tools: SimpleNamespace, act: Callable[[], None] | Non
     return heard
 
 
+@pytest.mark.timeout(1800)
 def test_killed_at_random_and_asked_again(
     engine: Any, serve: Any, tools: SimpleNamespace, tmp_path: Path, kills: int
 ) -> None:

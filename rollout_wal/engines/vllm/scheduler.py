@@ -77,7 +77,7 @@ class _Logging(Scheduler):
             segment_bytes=int(options.get("segment_bytes", 64 << 20)),
             policy=SyncPolicy(**options.get("policy", {})),
             take_over=bool(options.get("take_over", False)),
-            keep=int(options.get("keep", 100_000)),
+            keep=int(options.get("keep", 10_000)),
         )
         # Where the sampler runs in this process, the log-probability of each draw is at hand.
         self._samples_here = vllm_config.parallel_config.world_size == 1 and PositionNoise.last is not None
@@ -239,7 +239,7 @@ class LoggingScheduler(_Logging, AsyncScheduler):
         weights_digest: of those weights. Default: over headers and samples of the model's files.
         policy: {"kind": "step" | "group", "group_ms": ..., "group_bytes": ...}: when the log is synced.
         segment_bytes: size of the log's files.
-        keep: how many rollouts that do not run stay in the log. Default: 100,000.
+        keep: how many rollouts that do not run stay in the log. Default: 10,000.
         take_over: fence a live owner of the log instead of waiting for it to end.
     """
 
