@@ -312,7 +312,8 @@ class HfTeacher:
         known = len(hidden_RH)  # one less than rows where the first token has nothing before it
         missing = rows - known
         targets = torch.from_numpy(item.token_ids[item.span[0] + missing : item.span[1]].astype(np.int64))
-        candidates = None if item.candidates is None else _pad(item.candidates, missing)
+        some = item.candidates is not None and len(item.candidates.values) > 0
+        candidates = _pad(item.candidates, missing) if some and item.candidates is not None else None
         try:
             found = self._logprobs(hidden_RH, targets.to(self._device), item, candidates)
         except KernelError as error:
