@@ -127,15 +127,17 @@ def test_a_front_end_that_keeps_attempts_resumes_by_itself(server: Any, engine: 
 
 def test_stop_strings_end_a_rollout_and_are_found_again(server: Any, model: Path) -> None:
     prompt = prompt_of(63)
-    server.generate("f0", prompt, rollout="text", max_new_tokens=120, ignore_eos=True)
+    params = {"max_new_tokens": 120, "ignore_eos": True}
+    server.generate("f0", prompt, custom_params={"rollout": "text", "rollout_key": 5}, **params)
     whole = server.ended("f0")
     tokenizer = AutoTokenizer.from_pretrained(model)
     # Two tokens that were sampled one after the other, and whose text is no part of what precedes them.
     pieces = (tokenizer.decode(whole["tokens"][at : at + 2]) for at in range(40, 110))
     stop = next(p for p in pieces if p.isalnum() and len(p) > 1 and p not in whole["text"][:80])
-    server.generate("f", prompt, rollout="stopped", max_new_tokens=120, ignore_eos=True, stop=[stop])
+    stopped = {"rollout": "stopped", "rollout_key": 5}
+    server.generate("f", prompt, custom_params=stopped, stop=[stop], **params)
     first = server.ended("f")
-    server.generate("f2", prompt, rollout="stopped", max_new_tokens=120, ignore_eos=True, stop=[stop])
+    server.generate("f2", prompt, custom_params=stopped, stop=[stop], **params)
     again = server.ended("f2")
     assert first["finish"] == {"type": "stop", "matched": stop}
     assert (again["tokens"], again["text"], again["finish"]) == (first["tokens"], first["text"], first["finish"])
