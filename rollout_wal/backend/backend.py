@@ -369,6 +369,18 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
             lambda: [r.id for r in c.wal.in_flight() if c.wal.state.cohorts[r.begin.cohort].record.name == cohort]
         )
 
+    def members(self, cohort: str) -> dict[int, int]:
+        """Rollout ids by index: the members of a cohort that have begun and were neither consumed nor released."""
+        c = self._running()
+
+        def find() -> dict[int, int]:
+            state = c.wal.state.cohort_named(cohort)
+            number = state.record.cohort if state is not None else -1
+            of_cohort = (r for r in c.wal.state.rollouts.values() if r.begin.cohort == number)
+            return {r.begin.index: r.id for r in of_cohort if r.consumed is None}
+
+        return c.call(find)
+
     def worker_pids(self) -> dict[str, int]:
         """Process ids by worker name."""
         c = self._running()

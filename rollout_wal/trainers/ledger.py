@@ -153,6 +153,10 @@ class TrainerLedger:
         """The name of a batch's cohort."""
         return f"{self._run}.{self._lineage}/{batch}"
 
+    def take(self, batch: int, rollouts: Sequence[FinishedRollout], sampling: SamplingParams) -> None:
+        """Batch number `batch` was generated under its cohort's name without this object: these are its rollouts."""
+        self._open[batch] = _Batch(list(rollouts), sampling)
+
     def used(self, batch: int, step: int, rewards: Mapping[int, float] | None = None) -> None:
         """Optimizer step `step` uses this batch, the last to do so as yet.
 
