@@ -161,6 +161,69 @@ def compounding(rows: Sequence[tuple[str, int, Sequence[float]]]) -> str:
     return _svg(figure, "compounding")
 
 
+def lines(
+    name: str,
+    rows: Sequence[tuple[str, int, Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    marks: Sequence[float] = (),
+    percent: bool = False,
+    bottom: float | None = 0.0,
+) -> str:
+    """Curves over a common axis; rows of (label, colour, x values, y values).
+
+    Args:
+        name: of the figure, unique on its page.
+        x, y: what the axes show.
+        marks: places on the x axis where something happened: thin lines behind the curves.
+        percent: y values are fractions.
+        bottom: of the y axis; None leaves it to the values.
+    """
+    figure = _figure(_WIDTH, 2.9)
+    axes = figure.subplots()
+    for mark in marks:
+        axes.axvline(mark, color=_STAND_IN["line"], linewidth=1.2)
+    for label, colour, xs, ys in rows:
+        axes.plot(xs, np.asarray(ys) * (100 if percent else 1), color=_colour(colour), linewidth=2, label=label)
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{y}, %" if percent else y)
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
+    axes.grid(axis="y", color=_STAND_IN["line"], linewidth=0.8)
+    _legend(figure, axes)
+    _frame(axes)
+    return _svg(figure, name)
+
+
+def shares(name: str, panels: Sequence[tuple[str, int, Sequence[Sequence[float]]]], *, x: str, y: str) -> str:
+    """How a distribution moves: one panel each, of (title, colour, counts), a column per x and a row per y value.
+
+    The darker a cell, the larger its share of its column.
+    """
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    figure = _figure(_WIDTH, 2.7)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, colour, counts) in zip(grid, panels):
+        corners, faces = [], []
+        for i, column in enumerate(counts):
+            total = sum(column)
+            for j, count in enumerate(column):
+                if count:
+                    corners.append([(i, j - 0.5), (i + 1, j - 0.5), (i + 1, j + 0.5), (i, j + 0.5)])
+                    faces.append(to_rgba(_colour(colour), 0.06 + 0.94 * count / total))
+        axes.add_collection(PolyCollection(corners, facecolors=faces, linewidths=0))
+        axes.set_xlim(0, max(1, len(counts)))
+        axes.set_ylim(0.5, max((len(c) for c in counts), default=1) - 0.5)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel(x)
+        _frame(axes)
+    grid[0].set_ylabel(y)
+    return _svg(figure, name)
+
+
 def _colour(number: int) -> str:
     return _STAND_IN[f"s{number % COLOURS}"]
 
