@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_weights_from_tensors(tiny: Any, unbatched: Any) -> None:
     other = unbatched(tiny("llama", seed=1)).model
     engine.load_weights(other.state_dict(), 3)
     assert engine.info.weights_digest == weights_digest(parameters(other))
+
+
+def test_weights_in_memory_are_not_the_file_s(tiny: Any, tmp_path: Path) -> None:
+    """What was loaded stays what it was, whoever writes into the checkpoint."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    engine = HFEngine.from_folder(folder)
+    before = {name: p.clone() for name, p in engine._model.named_parameters()}
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\x7f" * 4096)
+    for name, parameter in engine._model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_other_architectures_are_refused_and_the_old_weights_stay(tiny: Any, unbatched: Any, request_of: Any) -> None:

@@ -58,8 +58,20 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.
             )
         )
     _refuse_other_caches(model)
+    _own_memory(model)
     placed: nn.Module = model.to(device).eval()
     return placed
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy what safetensors has mapped: weights that alias a file change when someone writes into it, unnoticed, and
+    what is sampled then is of no policy version that the log knows."""
+    own: dict[object, Tensor] = {}  # tied weights stay tied
+    for tensor in (*model.parameters(), *model.buffers()):
+        key = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if key not in own:
+            own[key] = tensor.data.clone()
+        tensor.data = own[key]
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
