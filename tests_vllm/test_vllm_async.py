@@ -133,6 +133,15 @@ def test_under_memory_pressure_all_finish_and_are_logged_once(client: Client, ex
         assert rollouts[0].sampling_logprob.valid_T.all()
 
 
+def test_logprobs_are_logged_for_clients_that_asked_for_none(client: Client, expected: list[list[int]]) -> None:
+    tokens, _, logprobs = client.run(client.ask(7, "unasked", logprobs=None, max_tokens=30))
+    assert tokens == expected[7][:30]
+    assert not logprobs
+    (rollout,) = [r for r in client.logged(tokens) if len(r) == 30]
+    assert rollout.logprob.valid_T.all()
+    assert rollout.sampling_logprob.valid_T.all()
+
+
 def test_who_asks_again_gets_the_same_from_where_it_stood(client: Client, expected: list[list[int]]) -> None:
     async def twice() -> list[Any]:
         await asyncio.gather(*(client.ask(i, f"twice{i}", upto=15) for i in range(8)))

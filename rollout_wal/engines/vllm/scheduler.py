@@ -174,22 +174,52 @@ class _Logging(Scheduler):
             outputs.outputs = [o for o in outputs.outputs if o.request_id not in names]
         if not rows:
             return
+        if not self._append_single(rows):
+            self._append_any(rows)
+        for output, member in rows:
+            if not member.wants_logprobs:
+                output.new_logprobs = None
+        self._log.hold(held)
+        for output, _ in rows:
+            if output.finish_reason is not None:
+                self._let_go(output.request_id)
+
+    def _append_single(self, rows: list[tuple[EngineCoreOutput, _Member]]) -> bool:
+        """The common step: one token and both log-probabilities for each row. False: it is another, nothing is done."""
+        drawn = self._drawn()
+        if drawn is None:
+            return False
+        slots, tokens, logprobs, sampling = [], [], [], []
+        for output, member in rows:
+            known = drawn.get(member.slot)
+            if known is None or output.new_token_ids != [known[0]] or output.new_logprobs is None:
+                return False
+            slots.append(member.slot)
+            tokens.append(known[0])
+            logprobs.append(output.new_logprobs.logprobs[0, 0])
+            sampling.append(known[1])
+        finish = [member.took(output) for output, member in rows]
+        self._log.append(
+            np.array(slots, np.uint16),
+            np.array(tokens, np.uint32),
+            np.array(finish, np.uint8),
+            np.array(logprobs, np.float32),
+            np.array(sampling, np.float32),
+        )
+        return True
+
+    def _append_any(self, rows: list[tuple[EngineCoreOutput, _Member]]) -> None:
+        """Any step: rows of several tokens or of none, and rows whose sampling logprob is not known here."""
         drawn = self._drawn()
         told: list[_Row] = []
         for output, member in rows:
             reason = member.took(output)
             if output.new_token_ids:
                 told.append(_Row(member.slot, output, reason, member.sampling_logprobs(output, drawn)))
-            if not member.wants_logprobs:
-                output.new_logprobs = None
         # A column is whole or absent: rows without a sampling logprob go into a frame of their own.
         for group in ([r for r in told if r.sampling is not None], [r for r in told if r.sampling is None]):
             if group:
                 self._log.append(*_columns(group), count_R=_counts(group))
-        self._log.hold(held)
-        for output, _ in rows:
-            if output.finish_reason is not None:
-                self._let_go(output.request_id)
 
     def _drawn(self) -> dict[int, tuple[int, float]] | None:
         if not self._samples_here:
