@@ -29,6 +29,8 @@ def to_sample(rollout: FinishedRollout, info: EngineInfo, sampling: SamplingPara
     sampled = np.concatenate([np.zeros(n_prompt, np.bool_), output.sampled_T])
     kinds = np.full(len(sampled), SegmentKind.PROMPT, np.uint8)
     kinds[n_prompt:] = np.where(output.sampled_T, SegmentKind.SAMPLED, SegmentKind.TOOL_OUTPUT)
+    for span in rollout.spans:
+        kinds[n_prompt + span.start : n_prompt + span.end] = SegmentKind[span.kind.upper()]
 
     def whole(values: np.ndarray, valid: np.ndarray) -> Masked:
         missing = np.zeros(n_prompt, values.dtype)

@@ -13,13 +13,15 @@ Nothing here knows who implements `Tools`: it is a structural protocol.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .engines.base import FinishReason
 from .errors import BadInput, RolloutWalError, problem
 from .job_state import Rollout
 from .records import Begin, Observe
@@ -32,6 +34,8 @@ class ToolCall:
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    span: tuple[int, int] | None = field(default=None, compare=False)
+    """The turn's tokens [start, end) that say so. None: the parser does not know; the whole turn counts as the call."""
 
 
 class BadToolCall(RolloutWalError, ValueError):
@@ -59,7 +63,9 @@ class Tools(Protocol):
     another owner); the backend stops, and the rollout stays in flight.
     """
 
-    async def call(self, *, rollout_id: str, attempt: int, position: int, call: ToolCall) -> ToolResult:
+    async def call(
+        self, *, rollout_id: str, attempt: int, position: int, call: ToolCall, metadata: Mapping[str, Any]
+    ) -> ToolResult:
         """Do it, at most once, and return when its outcome is durable.
 
         Args:
@@ -68,6 +74,7 @@ class Tools(Protocol):
                 the same positions, the calls that a rollout has made before; those are answered and not done again.
             position: output tokens up to and with the end of the call. All of them are durable. Calls of
                 one turn share it.
+            metadata: the rollout's own, as it was given to `generate`: which image, which task.
         """
         ...
 
@@ -77,7 +84,11 @@ class Tools(Protocol):
 
 
 class ToolCallParser(Protocol):
-    """Reads calls from a turn's tokens and turns results into tokens. Pure: the same in every life of the job."""
+    """Reads calls from a turn's tokens and turns results into tokens. Pure: the same in every life of the job.
+
+    A parser may have a method `answer(token_T) -> tuple[int, int] | None`, too: which tokens [start, end) of a
+    rollout's last turn are its final answer, as opposed to what was thought before it. Datasets mark them so.
+    """
 
     @property
     def name(self) -> str:
@@ -114,8 +125,8 @@ class Episodes:
     Args:
         tools: called in an event loop of their own thread.
         parser: reads the calls.
-        turns_max: turns of a rollout that are answered. A call beyond is not dispatched: the rollout ends with it, with
-            the stop as its finish reason.
+        turns_max: turns of a rollout that are answered. A call beyond is not dispatched: the rollout ends with it, and
+            with TURN_LIMIT as its finish reason.
         concurrency: rollouts whose calls run at the same time.
     """
 
@@ -195,3 +206,40 @@ def turns_of(rollout: Rollout, tokens: Tokens) -> list[Turn]:
         turns.append(Turn(observe.position, tokens.token_T[start : observe.position], observe.tokens))
         start = observe.position + len(observe.tokens)
     return [*turns, Turn(len(tokens), tokens.token_T[start:], None)]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Output tokens [start, end) of a rollout, all of them sampled, and what they are."""
+
+    start: int
+    end: int
+    kind: Literal["tool_call", "final_answer"]
+
+
+def spans_of(turns: Sequence[Turn], parser: ToolCallParser, finish: FinishReason) -> tuple[Span, ...]:
+    """Where a rollout's calls and its final answer are, in order.
+
+    A call is what was answered, or would have been but for `turns_max`; a malformed one is none.
+
+    Args:
+        turns: of a rollout that is over: see `turns_of`.
+        finish: RUNNING if it was censored.
+    """
+    answer: Callable[[NDArray[np.int32]], tuple[int, int] | None] | None = getattr(parser, "answer", None)
+    spans: list[Span] = []
+    for turn in turns:
+        first, length = turn.position - len(turn.token_T), len(turn.token_T)
+        found: list[tuple[int, int]] = []
+        kind: Literal["tool_call", "final_answer"] = "tool_call"
+        if turn.observed_T is not None or finish is FinishReason.TURN_LIMIT:
+            with contextlib.suppress(BadToolCall):
+                found = sorted({call.span or (0, length) for call in parser.calls(turn.token_T)})
+        elif finish is not FinishReason.RUNNING and length and answer is not None:
+            one = answer(turn.token_T)
+            found, kind = ([one] if one is not None else []), "final_answer"
+        for start, end in found:
+            if not 0 <= start < end <= length:
+                raise ValueError(f"tokens [{start}, {end}) of a turn of {length}")
+            spans.append(Span(first + start, first + end, kind))
+    return tuple(spans)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,29 @@ class TaggedToolCalls:
         """See `ToolCallParser.calls`."""
         text: str = self._tokenizer.decode(token_T.tolist(), skip_special_tokens=False)
         opening, closing = self._tags
-        pieces = text.split(opening)[1:]
+        before, *pieces = text.split(opening)
         if not pieces and closing in text:
             raise BadToolCall(f"[{closing} without {opening}]")
-        return [self._call(piece) for piece in pieces]
+        calls: list[ToolCall] = []
+        start = len(before)
+        for piece in pieces:
+            call, length = self._call(piece)
+            end = start + len(opening) + length
+            span = self._tokens_to(token_T, text[: start + 1]) - 1, self._tokens_to(token_T, text[:end])
+            calls.append(replace(call, span=span))
+            start += len(opening) + len(piece)
+        return calls
 
-    def _call(self, piece: str) -> ToolCall:
+    def _tokens_to(self, token_T: NDArray[np.int32], text: str) -> int:
+        """The least count of tokens that say all of this beginning of what they say."""
+
+        def says(count: int) -> bool:
+            return str(self._tokenizer.decode(token_T[:count].tolist(), skip_special_tokens=False)).startswith(text)
+
+        return bisect_left(range(1, len(token_T)), True, key=says) + 1
+
+    def _call(self, piece: str) -> tuple[ToolCall, int]:
+        """A call, and where it ends in what follows its opening tag."""
         body, closing, _ = piece.partition(self._tags[1])
         if not closing:
             raise BadToolCall(f"[{self._tags[0]} without {self._tags[1]}]")
@@ -80,7 +99,7 @@ class TaggedToolCalls:
             raise BadToolCall(f"[the call is no JSON object with a name: {type(error).__name__}]") from error
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise BadToolCall('[a call is {"name": text, "arguments": object}]')
-        return ToolCall(name, arguments)
+        return ToolCall(name, arguments), len(body) + len(closing)
 
     def observe(self, results: Sequence[ToolResult]) -> NDArray[np.int32]:
         """See `ToolCallParser.observe`."""

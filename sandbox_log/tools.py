@@ -3,7 +3,9 @@
 A runner of tool-calling rollouts needs to know no more of this package than a structural protocol. It is:
 
     class Tools(Protocol):
-        async def call(self, *, rollout_id: str, attempt: int, position: int, call: ToolCall) -> ToolResult: ...
+        async def call(
+            self, *, rollout_id: str, attempt: int, position: int, call: ToolCall, metadata: Mapping[str, Any]
+        ) -> ToolResult: ...
         async def release(self, rollout_id: str) -> None: ...
 
 - `call` is awaited only once the tokens up to `position`, the last token of the request, are durable in the
@@ -22,6 +24,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from .doubt import DoubtPolicy
@@ -32,6 +35,8 @@ from .replay import LoggedSandbox
 from .sandbox import Call, Operation, Result, Sandbox
 from .steps import Cause
 from .view import observation
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class ToolCall(Protocol):
@@ -124,7 +129,7 @@ class SandboxTools:
 
     Args:
         log: open for writing.
-        make_sandbox: makes, or reattaches to, the sandbox of a rollout.
+        make_sandbox: makes, or reattaches to, the sandbox of a rollout, given its id and its metadata.
         tools: what the model may use.
         state: how a resumed rollout's sandbox has the state that its log speaks of; see `StateChoice`.
         policy: what to do about a call in doubt.
@@ -134,7 +139,7 @@ class SandboxTools:
     def __init__(
         self,
         log: SandboxLog,
-        make_sandbox: Callable[[str], Awaitable[Sandbox]],
+        make_sandbox: Callable[[str, Mapping[str, Any]], Awaitable[Sandbox]],
         tools: list[Tool],
         *,
         state: StateChoice | None = None,
@@ -155,7 +160,9 @@ class SandboxTools:
         """The tools, in the form that chat templates take."""
         return [tool.schema for tool in self._tools.values()]
 
-    async def call(self, *, rollout_id: str, attempt: int, position: int, call: ToolCall) -> ToolResult:
+    async def call(
+        self, *, rollout_id: str, attempt: int, position: int, call: ToolCall, metadata: Mapping[str, Any] = _NOTHING
+    ) -> ToolResult:
         """Do what a model asked for, once. Durable when it returns; see the top of this file.
 
         Raises:
@@ -169,7 +176,7 @@ class SandboxTools:
             request = tool.make(call.arguments)
         except (KeyError, TypeError, ValueError) as error:
             return ToolResult(f"[bad arguments for {call.name}: {error}]", ok=False)
-        sandbox = await self._sandbox(rollout_id, attempt)
+        sandbox = await self._sandbox(rollout_id, attempt, metadata)
         try:
             result = await sandbox.run(request, Cause(rollout_id, position, attempt))
         except BadCall as error:
@@ -187,7 +194,7 @@ class SandboxTools:
         for rollout_id in list(self._open):
             await self.release(rollout_id)
 
-    async def _sandbox(self, rollout_id: str, attempt: int) -> LoggedSandbox:
+    async def _sandbox(self, rollout_id: str, attempt: int, metadata: Mapping[str, Any]) -> LoggedSandbox:
         async with self._locks.setdefault(rollout_id, asyncio.Lock()):
             if rollout_id in self._open:
                 present, sandbox = self._open[rollout_id]
@@ -203,7 +210,7 @@ class SandboxTools:
                     )
                 # Resumed in this process: from the log again, as if the process were new.
                 await self._open.pop(rollout_id)[1].close()
-            made = await self._make_sandbox(rollout_id)
+            made = await self._make_sandbox(rollout_id, metadata)
             try:
                 sandbox = await LoggedSandbox.open(self._log, rollout_id, made, state=self._state, policy=self._policy)
             except BaseException:

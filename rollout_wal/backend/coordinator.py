@@ -631,11 +631,11 @@ class Coordinator(threading.Thread):
         over, self._over = self._over, {}
         finished: list[int] = []
         for rollout, (reason, count) in over.items():
-            goes_on = self._turns.take(self.wal.rollout(rollout), reason, count) if self._turns is not None else False
-            if isinstance(goes_on, str):
-                self._censor(rollout, goes_on, count=count)
-            elif not goes_on:
-                self.wal.finish(rollout, reason, count=count)
+            ends = self._turns.take(self.wal.rollout(rollout), reason, count) if self._turns is not None else reason
+            if isinstance(ends, str):
+                self._censor(rollout, ends, count=count)
+            elif ends is not FinishReason.RUNNING:
+                self.wal.finish(rollout, ends, count=count)
                 finished.append(rollout)
         if finished:
             self.wal.wait_durable()
@@ -697,6 +697,7 @@ class Coordinator(threading.Thread):
                 again=again,
                 episode=self._turns.episode(rollout) if self._turns is not None and r.begin.turns else "",
                 turns=len(r.observed),
+                spans=self._turns.spans(r, tokens) if self._turns is not None else (),
             )
         )
         if not outlet.wanted:

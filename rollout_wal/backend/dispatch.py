@@ -10,8 +10,9 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,10 +113,10 @@ class Dispatcher:
         """Whether the tools have been called for it by this owner: its earlier calls need not be repeated."""
         return rollout in self._known
 
-    def answer(self, rollout: int, turns: Sequence[Turn]) -> None:
+    def answer(self, rollout: int, turns: Sequence[Turn], metadata: Mapping[str, Any]) -> None:
         """Answer the last of these turns, after those before it were repeated."""
         self._known.add(rollout)
-        asyncio.run_coroutine_threadsafe(self._answer(rollout, list(turns)), self._loop)
+        asyncio.run_coroutine_threadsafe(self._answer(rollout, list(turns), dict(metadata)), self._loop)
 
     def release(self, rollout: int) -> None:
         """The rollout is over, or was given up: what still runs for it is left to the tools, and its answer is not
@@ -138,7 +139,7 @@ class Dispatcher:
 
     # -- in the loop --------------------------------------------------------------------------------------------
 
-    async def _answer(self, rollout: int, turns: list[Turn]) -> None:
+    async def _answer(self, rollout: int, turns: list[Turn], metadata: dict[str, Any]) -> None:
         position = turns[-1].position
         me = asyncio.current_task()
         assert me is not None
@@ -147,7 +148,7 @@ class Dispatcher:
         try:
             async with self._slots:
                 for turn in turns:
-                    token_T = await self._turn(rollout, turn)
+                    token_T = await self._turn(rollout, turn, metadata)
             answer = Observed(rollout, position, token_T)
         except Exception as error:
             reason = getattr(type(error), "censor_reason", None) or f"tool-failed: {type(error).__name__}"
@@ -158,7 +159,7 @@ class Dispatcher:
             del self._tasks[rollout]
         self._add(answer)
 
-    async def _turn(self, rollout: int, turn: Turn) -> NDArray[np.int32]:
+    async def _turn(self, rollout: int, turn: Turn, metadata: dict[str, Any]) -> NDArray[np.int32]:
         parser = self._episodes.parser
         results: list[ToolResult] = []
         try:
@@ -166,15 +167,24 @@ class Dispatcher:
         except BadToolCall as error:
             calls = ()
             results.append(Told(str(error)))
+        except Exception as error:
+            raise ParserFailed(f"a parser could not read a turn: {type(error).__name__}: {error}") from error
         for call in calls:
             self._check_fence()
             self.calls += 1
             results.append(
                 await self._episodes.tools.call(
-                    rollout_id=self.episode(rollout), attempt=self._owner, position=turn.position, call=call
+                    rollout_id=self.episode(rollout),
+                    attempt=self._owner,
+                    position=turn.position,
+                    call=call,
+                    metadata=metadata,
                 )
             )
-        token_T = np.asarray(parser.observe(results), np.int32)
+        try:
+            token_T = np.asarray(parser.observe(results), np.int32)
+        except Exception as error:
+            raise ParserFailed(f"a parser could not make tokens of results: {type(error).__name__}: {error}") from error
         if not len(token_T):
             raise ParserFailed("a parser made no token of results; the rollout could not go on behind them")
         if turn.observed_T is not None and not np.array_equal(token_T, turn.observed_T):

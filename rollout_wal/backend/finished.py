@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.base import FinishReason
+from ..episode import Span
 from ..tokens import Tokens
 
 
@@ -38,6 +39,8 @@ class FinishedRollout:
     """The name by which the tools knew it; empty if it could call none."""
     turns: int = 0
     """Turns that were answered."""
+    spans: tuple[Span, ...] = ()
+    """Which output tokens are calls of tools or the final answer, as far as the parser can say."""
 
     @property
     def tokens(self) -> NDArray[np.int32]:

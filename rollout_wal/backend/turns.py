@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 from ..engines.base import FinishReason
-from ..episode import BadToolCall, Episodes, turns_of
+from ..episode import BadToolCall, Episodes, Span, spans_of, turns_of
 from ..job_state import Rollout
+from ..tokens import Tokens
 from ..wal import RolloutWal
 from .dispatch import Answer, Dispatcher, Released, reason_of
 
+log = logging.getLogger(__name__)
 _LIMITS = frozenset({FinishReason.MAX_TOKENS, FinishReason.CONTEXT})
 
 
@@ -44,30 +47,43 @@ class Turns:
         """The name by which the tools know a rollout."""
         return self._dispatcher.episode(rollout)
 
-    def take(self, r: Rollout, reason: FinishReason, count: int) -> bool | str:
-        """Whether a rollout that stopped goes on: its turn is answered, or left for the next start. A string: it must
-        end as censored, and why.
+    def take(self, r: Rollout, reason: FinishReason, count: int) -> FinishReason | str:
+        """What a rollout that stopped ends with. RUNNING: it goes on; its turn is answered, or left for the next
+        start. A string: it must end as censored, and why.
 
         All of its first `count` output tokens are durable: the engine's log was read back, or its worker told of them.
         """
         info = self._wal.info
         if not r.begin.turns or reason in _LIMITS or info is None:
-            return False
+            return reason
         turns = turns_of(r, self._wal.tokens(r.id)[:count])
         try:
             if not self._episodes.parser.calls(turns[-1].token_T):
-                return False
+                return reason
         except BadToolCall:
             pass  # the model is told
         except Exception as error:
             return reason_of(error)
-        if len(turns) > self._episodes.turns_max or len(r.begin.prompt) + count >= info.max_context:
-            return False
+        if len(turns) > self._episodes.turns_max:
+            return FinishReason.TURN_LIMIT
+        if len(r.begin.prompt) + count >= info.max_context:
+            return FinishReason.CONTEXT  # nothing could be observed behind it
         if self._closing:
-            return True
+            return FinishReason.RUNNING
         self._calling[r.id] = count
-        self._dispatcher.answer(r.id, turns[-1:] if self._dispatcher.knows(r.id) else turns)
-        return True
+        turns = turns[-1:] if self._dispatcher.knows(r.id) else turns
+        self._dispatcher.answer(r.id, turns, r.begin.metadata)
+        return FinishReason.RUNNING
+
+    def spans(self, r: Rollout, tokens: Tokens) -> tuple[Span, ...]:
+        """What the parser calls the parts of a rollout's output. None where it cannot say: it is over, whatever that
+        is."""
+        try:
+            finish = FinishReason(r.finish.reason) if r.finish else FinishReason.RUNNING
+            return spans_of(turns_of(r, tokens), self._episodes.parser, finish) if r.begin.turns else ()
+        except Exception as error:
+            log.warning("a tool-call parser could not say where the calls of rollout %d are: %s", r.id, error)
+            return ()
 
     def answers(self) -> Iterator[Answer]:
         """What has come back since for rollouts that still want it."""

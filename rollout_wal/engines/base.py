@@ -34,6 +34,8 @@ class FinishReason(IntEnum):
     """`max_tokens` tokens were sampled."""
     CONTEXT = 5
     """The model's context is full."""
+    TURN_LIMIT = 6
+    """The policy asked for a tool once more than `turns_max` allows. Never an engine's: see `rollout_wal.episode`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,58 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from rollout_wal.backend import RolloutBackend
-from rollout_wal.episode import BadToolCall, Episodes, ToolCall, ToolResult
+from rollout_wal.engines.base import FinishReason
+from rollout_wal.episode import BadToolCall, Episodes, ToolCall
 from rollout_wal.errors import BackendError, BadInput
-from rollout_wal.params import SamplingParams
 from rollout_wal.tool_calls import TaggedToolCalls
 
-SAMPLING = SamplingParams(max_tokens=60, ignore_eos=True)
-ENDS = tuple(range(64, 90))
-
-
-class Parser:
-    """Each of some tokens, or a string, ends a call."""
-
-    name = "test/1"
-
-    def __init__(self, stop: tuple[str, ...] = (), ends: tuple[int, ...] = ENDS) -> None:
-        self.stop = stop
-        self.stop_token_ids = ends
-
-    def calls(self, token_T: NDArray[np.int32]) -> Sequence[ToolCall]:
-        return [ToolCall("add", {"n": len(token_T)})]
-
-    def observe(self, results: Sequence[ToolResult]) -> NDArray[np.int32]:
-        return np.asarray([100 + b for b in "".join(r.text for r in results).encode()], np.int32)
-
-
-@dataclass
-class Result:
-    text: str
-    ok: bool = True
-
-
-@dataclass
-class Memory:
-    """Tools that remember what they did, as a log would, and fail where they are told to."""
-
-    fail: Callable[[int], None] = lambda _: None
-    done: dict[tuple[str, int], str] = field(default_factory=dict)
-    ran: list[tuple[str, int]] = field(default_factory=list)
-    attempts: set[int] = field(default_factory=set)
-    released: list[str] = field(default_factory=list)
-
-    async def call(self, *, rollout_id: str, attempt: int, position: int, call: ToolCall) -> Result:
-        self.attempts.add(attempt)
-        if (rollout_id, position) not in self.done:
-            self.fail(len(self.ran))
-            self.ran.append((rollout_id, position))
-            await asyncio.sleep(0.01)
-            self.done[rollout_id, position] = f"{call.arguments['n']} at {position}"
-        return Result(self.done[rollout_id, position])
-
-    async def release(self, rollout_id: str) -> None:
-        self.released.append(rollout_id)
+sys.path.insert(0, str(Path(__file__).parent))
+from episode_tools import ENDS, SAMPLING, Memory, Parser, Result
 
 
 class Gone(Exception):
@@ -126,7 +81,8 @@ def test_limits_aborts_and_others(backend: Make, prompts: Any, until: Any) -> No
     with backend(workers=1, episodes=Episodes(tools, Parser(), turns_max=1)) as b:
         got = generate(b, prompts)
         assert all(r.turns <= 1 for r in got.values())
-        assert any(r.finish_reason.name == "STOP_TOKEN" and r.turns == 1 for r in got.values())
+        assert any(r.finish_reason is FinishReason.TURN_LIMIT and r.turns == 1 for r in got.values())
+        assert all(r.finish_reason in (FinishReason.TURN_LIMIT, FinishReason.MAX_TOKENS) for r in got.values())
         assert sorted(tools.released) == sorted(r.episode for r in got.values() if r.turns), "before they came out"
 
     class Hanging(Memory):
@@ -163,7 +119,14 @@ def test_the_tagged_parser(model: Path) -> None:
     call = json.dumps({"name": "exec", "arguments": {"command": "ls"}})
     assert parser.calls(ids("that is all")) == []
     tagged = f"<tool_call>{call}</tool_call>"
-    assert parser.calls(ids(f"first {tagged} then {tagged}")) == [ToolCall("exec", {"command": "ls"})] * 2
+    both = ids(f"first {tagged} then {tagged}")
+    found = parser.calls(both)
+    assert found == [ToolCall("exec", {"command": "ls"})] * 2
+    for one in found:
+        assert one.span is not None
+        said = tokenizer.decode(both[slice(*one.span)].tolist(), skip_special_tokens=False)
+        assert tagged in said
+        assert len(said) < len(tagged) + 8, "the tokens of the call, and what shares a token with it"
     for bad in ("</tool_call>", "<tool_call>{}</tool_call>", "<tool_call>[1", '<tool_call>{"name": 1}</tool_call>'):
         with pytest.raises(BadToolCall):
             parser.calls(ids(bad))

@@ -62,7 +62,7 @@ class CountingParser:
 
 
 def make_tools(ground: Path, kind: str, log: SandboxLog) -> SandboxTools:
-    async def make(rollout_id: str) -> Sandbox:
+    async def make(rollout_id: str, _: Any) -> Sandbox:
         where = ground / f"sandbox-{rollout_id.rpartition('-')[2]}"
         if kind == "local":
             return LocalSandbox(where)

@@ -38,8 +38,11 @@ DANCE = (
     "observe_pending",
     "observed",
 )
+#: Not marked as slow: of a worker's deaths, and of the whole process's, which take two processes each.
 FAST = {"before_dispatch", "during_command", "observed"}
+FAST_PROCESS = {"before_outcome"}
 Files = dict[str, dict[str, str]]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def lives(
     for life in range(2):
         process = subprocess.run(
             [sys.executable, job.__file__, json.dumps({**given, **(config if life == 0 else {})})],
-            timeout=120,
+            timeout=280,  # two imports of torch each, on whatever machine this is
             check=False,
         )
         if process.returncode == 0:
@@ -194,7 +197,7 @@ def check_process_death(model: Path, ground: Path, kind: str, uninterrupted: Any
         assert (line["reason"], line["turns"]) == (twin.finish_reason.name, twin.turns)
 
 
-@pytest.mark.parametrize("point", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in DANCE])
+@pytest.mark.parametrize("point", [p if p in FAST_PROCESS else pytest.param(p, marks=pytest.mark.slow) for p in DANCE])
 def test_the_backend_s_process_dies(model: Path, ground: Path, uninterrupted: Any, point: str) -> None:
     check_process_death(model, ground, "local", uninterrupted, point)
 

@@ -30,7 +30,7 @@ class Asked:
 
 
 def test_a_rollout_uses_its_tools_and_a_resumed_one_does_nothing_twice(ground: Path, log: SandboxLog) -> None:
-    async def make(rollout_id: str) -> Sandbox:
+    async def make(rollout_id: str, _: Any) -> Sandbox:
         return LocalSandbox(ground / rollout_id)
 
     asked = [
@@ -99,7 +99,7 @@ def test_a_rollout_uses_its_tools_and_a_resumed_one_does_nothing_twice(ground: P
     ],
 )
 def test_what_a_model_gets_wrong_is_told_to_it_and_touches_nothing(ground: Path, log: SandboxLog, call: Asked) -> None:
-    async def make(rollout_id: str) -> Sandbox:
+    async def make(rollout_id: str, _: Any) -> Sandbox:
         return LocalSandbox(ground / rollout_id)
 
     async def main() -> None:
@@ -117,7 +117,7 @@ def test_what_a_model_gets_wrong_is_told_to_it_and_touches_nothing(ground: Path,
 def test_functions_as_tools_and_many_rollouts_at_once(log: SandboxLog) -> None:
     made: list[str] = []
 
-    async def make(rollout_id: str) -> Sandbox:
+    async def make(rollout_id: str, _: Any) -> Sandbox:
         made.append(rollout_id)
         await asyncio.sleep(0.01)
         return FunctionSandbox({"double": lambda n: 2 * n})
