@@ -1,0 +1,32 @@
+"""What is done to hosts: stopped in good order, killed, waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+
+def stop(handle: Any) -> None:
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(handle.close.remote(), timeout=60)
+    ray.kill(handle)
+
+
+def kill_host(handle: Any) -> int:
+    """SIGKILL for the actor's process, as a crash would have it. Returns its id."""
+    pid: int = ray.get(handle.pid.remote())
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
