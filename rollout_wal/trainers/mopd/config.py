@@ -20,13 +20,13 @@ class School:
 
     Args:
         addition_steps, sorting_steps: of the two specialists, each on its own domain.
-        student_steps: of the student, on both domains: so few that it knows the form and little else.
+        student_steps: of the student, on both domains, most answers of its examples being wrong.
         batch: examples of a step.
     """
 
     addition_steps: int = 600
     sorting_steps: int = 400
-    student_steps: int = 60
+    student_steps: int = 600
     batch: int = 128
     seed: int = 0
 
@@ -52,7 +52,7 @@ class StudentConfig:
     seed: int = 0
     batches: int = 60
     rollouts: int = 512
-    token_budget: int = 1400
+    token_budget: int = 700
     learning_rate: float = 1.5e-3
     checkpoint_every: int = 3
     evaluate_every: int = 3

@@ -98,9 +98,9 @@ def summarise(run: Run, specialists: dict[str, dict[str, Any]]) -> dict[str, Any
             "teacher_mxfp4": specialists[domain]["accuracy_mxfp4"][domain],
             "before": before[domain],
             "after": after[domain],
-            "share_of_specialist": after[domain] / specialist,
+            "share_of_specialist": after[domain] / specialist if specialist else 0.0,
             "goal": GOAL,
-            "reached": after[domain] >= GOAL * specialist,
+            "reached": after[domain] >= GOAL * specialist > 0,
         }
     trained = run.batches[1:]
     lost = run.lost
@@ -113,7 +113,7 @@ def summarise(run: Run, specialists: dict[str, dict[str, Any]]) -> dict[str, Any
         "steps": trained[-1]["step"],
         "rollouts": sum(b["rollouts"] for b in trained),
         "mean_length": _mean_length(trained),
-        "reverse_kl": trained[-1]["reverse_kl"],
+        "divergence": trained[-1]["divergence"],
         "overlap": trained[-1]["overlap"],
         "kills": {who: run.kills(who) for who in ("trainer", "server")} | {"workers": run.worker_deaths},
         "interruptions": sum(b["interruptions"] for b in trained),

@@ -7,11 +7,15 @@ steps per line.
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import get_args
+
+import torch
 
 from rollout_kernels.quantize_folder import quantize_folder
 
@@ -25,6 +29,9 @@ NAMES: tuple[str, ...] = (*DOMAINS, STUDENT)
 #: Entries of the generators from here on are for lessons; the student's rollouts begin at 0.
 _LESSONS = 1 << 29
 _HELD_OUT = 500
+#: Share of the student's examples that are wrong, always in the same way. What it says most often is then wrong, and
+#: what is right is among what it samples: the state in which on-policy distillation finds a student.
+_MISTAKES = 0.6
 
 
 def steps_of(name: str, school: School) -> int:
@@ -32,17 +39,25 @@ def steps_of(name: str, school: School) -> int:
     return {"addition": school.addition_steps, "sorting": school.sorting_steps}.get(name, school.student_steps)
 
 
+def mistaken(problem: Problem) -> Problem:
+    """The same problem with a wrong answer: one too much, or sorted the other way round."""
+    wrong = str(int(problem.answer) + 1) if problem.domain == "addition" else problem.answer[::-1]
+    return replace(problem, answer=wrong)
+
+
 def make(folder: Path, name: str, school: School) -> None:
     """Teach one model and save it: FOLDER/NAME, for a specialist also FOLDER/NAME-mxfp4, and FOLDER/NAME.json."""
-    import torch
-
-    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     domains: Sequence[Domain] = DOMAINS if name == STUDENT else [d for d in get_args(Domain) if d == name]
-    share = school.batch // len(domains)
-    streams = [problems(d, "train", start=_LESSONS + (school.seed << 22)) for d in domains]
+    # Sorting is learned from fewer examples than addition; the student is to begin alike with both.
+    shares = {"addition": 5, "sorting": 3} if name == STUDENT else dict.fromkeys(domains, 1)
+    rng = random.Random(school.seed)
+    streams = [(problems(d, "train", start=_LESSONS + (school.seed << 22)), shares[d]) for d in domains]
+    unit = school.batch // sum(shares.values())
 
     def batch(_: int) -> list[Problem]:
-        return [p for stream in streams for p in islice(stream, share)]
+        found = [p for stream, share in streams for p in islice(stream, share * unit)]
+        return [mistaken(p) if name == STUDENT and rng.random() < _MISTAKES else p for p in found]
 
     model = make_model(school.seed * len(NAMES) + NAMES.index(name))
     teach(model, batch, steps_of(name, school), on_step=lambda step: print(step, flush=True))
@@ -64,4 +79,5 @@ def make(folder: Path, name: str, school: School) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     make(Path(sys.argv[1]), sys.argv[2], School(**json.loads(sys.argv[3])))

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rollout_kernels.linear_divergence import ForwardKL
 from scoring.client import ClientOptions, ScoringClient
 from scoring.dataset_scoring import ScoringSpec, score_dataset
 from scoring.diagnostics import support_overlap
@@ -54,6 +55,8 @@ from .tasks import DOMAINS, Problem, problems, reward
 METRICS = "metrics.jsonl"
 PRECISION = "mxfp4"
 _TOP = 4
+#: A specialist is so sure of itself that its opinion of a wrong token is -15 nats: such tokens would be all there is.
+_ADVANTAGE_MAX = 3.0
 _STRIDE = 1 << 20  # problems that a seed may use up in a domain
 
 
@@ -225,13 +228,18 @@ class Student:
                 done += 1
                 self.step += 1
         return {
-            "reverse_kl": float(np.mean(divergence)),
+            "divergence": float(np.mean(divergence)),
             "steps_behind": behind,
             "overlap": {d: float(np.mean(v)) for d, v in overlap.items() if v},
         }
 
     def loss(self, padded: PaddedBatch, groups: Sequence[str], overlap: dict[str, list[float]]) -> tuple[Tensor, float]:
-        """The objective of one step, and the mean reverse KL to the teachers as the objective sees it."""
+        """The objective of one step, and the mean divergence from the teachers as the objective sees it.
+
+        Full vocabulary: the forward KL. The teachers are all but certain, and a student that is not yet right would
+        flee from the tokens it tries under the reverse KL before it finds the right one; accuracy falls at first.
+        Sampled: the reverse KL, as no other can be estimated from the student's own tokens.
+        """
         hidden_BTH = self.model.model(padded.input_ids, attention_mask=padded.attention_mask.long()).last_hidden_state
         hidden_BTH = hidden_BTH[:, :-1]
         head_VH = self.model.lm_head.weight
@@ -249,7 +257,13 @@ class Student:
                 teacher_BTH = padded.columns[name][rows, 1:]
                 teacher_head_VH = self.head(domain)
                 total = total + full_vocabulary_loss(
-                    hidden_BTH[rows], head_VH, teacher_BTH, teacher_head_VH, mine_BT, normalizer=count
+                    hidden_BTH[rows],
+                    head_VH,
+                    teacher_BTH,
+                    teacher_head_VH,
+                    mine_BT,
+                    divergence=ForwardKL(),
+                    normalizer=count,
                 )
                 teacher_top = (teacher_BTH.float() @ teacher_head_VH.float().T).topk(_TOP, -1).indices
                 overlap[domain].append(_overlap(student_top_BTk[rows], teacher_top, mine_BT))
@@ -266,9 +280,13 @@ class Student:
                 _overlap(student_top_BTk, padded.columns[f"{group}.topk_ids"][:, 1:], mask_BT & valid_BT)
             )
         mask_BT = mask_BT & scored_BT & padded.masks["logprobs"][:, 1:]
-        advantage_BT = opd_advantages(teacher_BT, logprob_BT, mask_BT)
+        opinion_BT = opd_advantages(teacher_BT, logprob_BT, mask_BT)
+        advantage_BT = opinion_BT.clamp(-_ADVANTAGE_MAX, _ADVANTAGE_MAX)
+        for group in groups:  # less its mean in the domain: that changes no expectation, and most of the variance
+            mine_BT = mask_BT & padded.masks[f"{group}.logprobs"][:, 1:]
+            advantage_BT = torch.where(mine_BT, advantage_BT - advantage_BT[mine_BT].mean(), advantage_BT)
         loss = masked_importance_loss(logprob_BT, padded.columns["logprobs"][:, 1:], advantage_BT, mask_BT)
-        return loss, -float(advantage_BT[mask_BT].mean())
+        return loss, -float(opinion_BT[mask_BT].mean())
 
     def learning_rate(self, number: int) -> float:
         """Of a batch: a short warm-up, then down in a straight line."""
