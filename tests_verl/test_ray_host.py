@@ -17,7 +17,8 @@ from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch
 from rollout_wal.params import SamplingParams
 from rollout_wal.trainers.ray_host import get_host
 
-SAMPLING = SamplingParams(max_tokens=120)
+#: Long enough to be killed in the middle.
+SAMPLING = SamplingParams(max_tokens=300, min_tokens=250)
 PROMPTS = [[1, 40, 50], [1, 41, 51], [1, 42, 52]]
 GROUP = 3
 
@@ -53,7 +54,7 @@ def test_calls_that_were_waiting_get_their_answer_from_the_restarted_host(
     handle = host(workers=2)
     first = ray.get(handle.pid.remote())
     answer = ask(handle)
-    wait_until(lambda: ray.get(handle.balance.remote()).in_flight > 0)
+    wait_until(lambda: ray.get(handle.balance.remote()).begun > 0)
     kill_host(handle)
     found = ray.get(answer, timeout=120)
     assert ray.get(handle.pid.remote()) != first
@@ -65,7 +66,7 @@ def test_calls_that_were_waiting_get_their_answer_from_the_restarted_host(
 def test_a_worker_of_the_host_may_die(host: Callable[..., Any], undisturbed: list[list[int]]) -> None:
     handle = host(workers=2)
     answer = ask(handle)
-    wait_until(lambda: ray.get(handle.balance.remote()).in_flight > 0)
+    wait_until(lambda: ray.get(handle.balance.remote()).begun > 0)
     for pid in ray.get(handle.worker_pids.remote()).values():
         os.kill(pid, signal.SIGKILL)
     found = ray.get(answer, timeout=120)

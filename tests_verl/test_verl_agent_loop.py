@@ -7,6 +7,7 @@ SGLang runs: the adapter's agent loop never asks for one.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from verl.workers.rollout.replica import get_rollout_replica_class
 from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch
 from rollout_wal.trainers.ledger import STATE_FILE
 from rollout_wal.trainers.verl.agent_loop import COHORT
-from rollout_wal.trainers.verl.manager import AgentLoopManager, AgentLoopManagerTQ
+from rollout_wal.trainers.verl.manager import AgentLoopManager, AgentLoopManagerTQ, Cohorts
 from rollout_wal.trainers.verl.settings import Settings
 
 N = 2
 PROMPTS = ["1+2=", "3+4=", "5+6=", "7+8="]
 RESPONSE = 100
+ONE = "actor_rollout_ref.rollout.agent.num_workers=1"
 
 
 @pytest.fixture
@@ -85,6 +87,12 @@ def start(config: Any, manager: Any = AgentLoopManager) -> Any:
     return manager.create(config=config, llm_client=LLMServerClient(config))
 
 
+def restart(manager: Any) -> None:
+    """The trainer's process is new. All that the adapter keeps in it is in `Cohorts`; verl's workers keep nothing, and
+    starting them anew would only cost the import of verl."""
+    manager.cohorts = Cohorts(manager.config)
+
+
 def told(output: DataProto) -> list[list[int]]:
     return [
         row[mask.bool()].tolist()
@@ -104,17 +112,18 @@ def test_the_agent_loop_manager_of_verl(
     """With a kill of the host, its backend and its workers in the middle, everything is as without."""
     manager = start(config(f"loop-{kill}"))
     host = manager.cohorts.host
+    killed: list[int] = []
     if kill:
 
-        @ray.remote(num_cpus=0.1)
-        def killer() -> int:
-            wait_until(lambda: ray.get(host.balance.remote()).in_flight > 0)
-            return kill_host(host)
+        def kill_in_the_middle() -> None:
+            wait_until(lambda: ray.get(host.balance.remote()).begun > 0)
+            killed.append(kill_host(host))
 
-        killed = killer.remote()
+        threading.Thread(target=kill_in_the_middle, daemon=True).start()
     output = manager.generate_sequences(batch(1))
     if kill:
-        assert ray.get(killed) != ray.get(host.pid.remote())
+        wait_until(lambda: bool(killed))
+        assert killed != [ray.get(host.pid.remote())]
     rows = told(output)
     assert len(rows) == len(PROMPTS) * N
     assert rows[0] != rows[1]  # one prompt, two samples
@@ -130,17 +139,19 @@ def test_the_agent_loop_manager_of_verl(
     assert set(extra[COHORT]) == {"verl.0/1000"}
     if kill:
         # The same step again, in a trainer that was started again: nothing is sampled, the same comes.
-        assert told(start(manager.config).generate_sequences(batch(1))) == rows
+        restart(manager)
+        assert told(manager.generate_sequences(batch(1))) == rows
         assert ray.get(host.balance.remote()).begun == len(rows)
+        restart(manager)
         with pytest.raises(CohortMismatch):
-            start(manager.config).generate_sequences(batch(1, texts=PROMPTS[::-1]))
+            manager.generate_sequences(batch(1, texts=PROMPTS[::-1]))
 
 
 def test_a_checkpoint_of_verl_consumes_what_it_contains(config: Callable[..., Any], tmp_path: Path) -> None:
     from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
 
     path = "rollout_wal.trainers.verl.checkpoints.ConsumeWithCheckpoints"
-    made = config("checkpoints", f"trainer.checkpoint_callback_class={path}")
+    made = config("checkpoints", f"trainer.checkpoint_callback_class={path}", ONE)
     callback = build_checkpoint_callback(made)  # by verl, from its configuration
     manager = start(made)
     host = manager.cohorts.host
@@ -156,18 +167,19 @@ def test_a_checkpoint_of_verl_consumes_what_it_contains(config: Callable[..., An
     counts = ray.get(host.cohorts.remote())
     assert {name: c.gone for name, c in counts.items()} == {"verl.0/1000": 8, "verl.0/2000": 0, "verl.0/eval/0.0.0": 4}
     # The trainer dies, and goes on from there: step 1 is over, step 2 comes again.
-    again = start(made)
-    assert told(again.generate_sequences(batch(2))) == second != first
+    restart(manager)
+    assert told(manager.generate_sequences(batch(2))) == second != first
     callback.on_save(
         trainer=None, global_step=2, checkpoint_dir=str(folder.with_name("global_step_2")), async_save=True
     )
     assert ray.get(host.cohorts.remote())["verl.0/2000"].gone == 0
+    restart(manager)
     with pytest.raises(CheckpointMismatch, match="has consumed batch 1000"):
-        start(made).generate_sequences(batch(1))  # from the beginning, while the log is further
+        manager.generate_sequences(batch(1))  # from the beginning, while the log is further
     # Killed between verl's checkpoint of step 2 and ours: verl goes on from it, so the log follows.
     folder.with_name("global_step_2").mkdir(exist_ok=True)
-    third = start(made)
-    third.generate_sequences(batch(3))
+    restart(manager)
+    manager.generate_sequences(batch(3))
     assert ray.get(host.cohorts.remote())["verl.0/2000"].gone == 8
     from rollout_wal.dataset import open_dataset
 
@@ -181,7 +193,7 @@ def test_the_weights_go_the_way_of_verl(config: Callable[..., Any], model: Path)
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.rollout.base import get_rollout_class
 
-    made = config("weights")
+    made = config("weights", ONE)
     rollout = made.actor_rollout_ref.rollout
     replica = get_rollout_replica_class("rollout_wal")(0, rollout, made.actor_rollout_ref.model, gpus_per_node=1)
     asyncio.run(replica.launch_servers())
@@ -210,7 +222,7 @@ def test_the_manager_of_the_trainer_of_version_1(config: Callable[..., Any]) -> 
     import transfer_queue as tq
     from verl.utils import tensordict_utils as tu
 
-    made = config("tq")
+    made = config("tq", ONE)
     with pytest.raises(BadInput, match="colocate_async"):
         start(config("refused", "trainer.v1.trainer_mode=colocate_async"), AgentLoopManagerTQ)
     made.transfer_queue.enable = True
