@@ -9,7 +9,7 @@ EXTRAS ?= dev
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install system browser demo test test-slow test-vllm test-sglang lint format bench clean
+.PHONY: help install system browser demo demo-mopd test test-slow test-vllm test-sglang lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ browser: ## the browser that looks at the reports
 demo: $(STAMP) ## the main job: rollouts in workers that are killed, five ways of coping, one report
 	$(BIN)/rollout-wal demo --out out/demo
 
+demo-mopd: $(STAMP) ## two teachers, one student, everything is killed; about ten minutes
+	$(BIN)/rollout-wal demo-mopd --out out/mopd
+
 test: $(STAMP) system ## the test suite
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" tests
 
@@ -51,11 +54,11 @@ test-slow: $(STAMP) system browser ## the long tests: more kills, more schedules
 
 test-vllm: system ## the tests inside the real vLLM engine, on a CPU; an environment of their own
 	PYTHON=$(PYTHON) sh scripts/install_vllm.sh
-	.venv-vllm/bin/python -m pytest tests_vllm
+	.venv-vllm/bin/python -m pytest -m "not slow" tests_vllm
 
 test-sglang: system ## the tests inside the real SGLang engine, on a CPU; an environment of their own
 	PYTHON=$(PYTHON) sh scripts/install_sglang.sh
-	.venv-sglang/bin/python -m pytest tests_sglang
+	OMP_NUM_THREADS=1 .venv-sglang/bin/python -m pytest -m "not slow" tests_sglang
 
 lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
@@ -70,7 +73,7 @@ format: $(STAMP) ## let ruff fix what it can
 bench: $(STAMP) ## every benchmark, quickly; results under out/bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	mkdir -p out/bench
-	for name in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | grep -v '^_'); do \
+	for name in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | grep -v '^_\|_overhead$$\|^mopd$$' ; echo engine_overhead); do \
 	  $(BIN)/python -m benchmarks.$$name --quick --json out/bench/$$name.json || exit 1; done
 
 clean: ## remove the environment and all outputs

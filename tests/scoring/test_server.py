@@ -547,7 +547,12 @@ def test_whatever_bytes_arrive_the_server_answers_or_refuses_and_goes_on() -> No
                     codes.append(response.error.code)
                     assert response.HasField("error"), "nothing that was sent is a whole item"
             except grpc.aio.AioRpcError as error:
-                assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, error  # noqa: PT017
+                # Where the server ended the call while this was still sending, gRPC's client may report its own failure
+                # to send instead of the status.
+                late = error.code() == grpc.StatusCode.INTERNAL and "execute_batch" in (
+                    error.debug_error_string() or ""
+                )
+                assert late or error.code() == grpc.StatusCode.INVALID_ARGUMENT, error  # noqa: PT017
 
         loop = asyncio.get_running_loop()
 
