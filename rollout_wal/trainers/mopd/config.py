@@ -53,7 +53,7 @@ class StudentConfig:
     batches: int = 60
     rollouts: int = 512
     token_budget: int = 700
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-4
     checkpoint_every: int = 3
     evaluate_every: int = 3
     held_out: int = 200
