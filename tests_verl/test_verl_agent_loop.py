@@ -24,7 +24,7 @@ from verl import DataProto
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import get_rollout_replica_class
 
-from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch
+from rollout_wal.errors import BadInput, CheckpointMismatch
 from rollout_wal.trainers.ledger import STATE_FILE
 from rollout_wal.trainers.verl.agent_loop import COHORT
 from rollout_wal.trainers.verl.manager import AgentLoopManager, AgentLoopManagerTQ, Cohorts
@@ -116,13 +116,13 @@ def test_the_agent_loop_manager_of_verl(
     if kill:
 
         def kill_in_the_middle() -> None:
-            wait_until(lambda: ray.get(host.balance.remote()).begun > 0)
+            wait_until(lambda: ray.get(host.balance.remote()).begun > 0, seconds=280.0)
             killed.append(kill_host(host))
 
         threading.Thread(target=kill_in_the_middle, daemon=True).start()
     output = manager.generate_sequences(batch(1))
     if kill:
-        wait_until(lambda: bool(killed))
+        wait_until(lambda: bool(killed), seconds=120.0)
         assert killed != [ray.get(host.pid.remote())]
     rows = told(output)
     assert len(rows) == len(PROMPTS) * N
@@ -143,7 +143,8 @@ def test_the_agent_loop_manager_of_verl(
         assert told(manager.generate_sequences(batch(1))) == rows
         assert ray.get(host.balance.remote()).begun == len(rows)
         restart(manager)
-        with pytest.raises(CohortMismatch):
+        # It comes out of an actor that had it from another, so it is Ray's error with ours in its text.
+        with pytest.raises(ray.exceptions.RayError, match="another prompt or other parameters"):
             manager.generate_sequences(batch(1, texts=PROMPTS[::-1]))
 
 
