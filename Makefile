@@ -9,7 +9,7 @@ EXTRAS ?= dev
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install system browser demo demo-mopd test test-slow test-vllm test-sglang lint format bench clean
+.PHONY: help install system browser demo demo-mopd test test-slow test-vllm test-sglang test-verl lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ test-sglang: system ## the tests inside the real SGLang engine, on a CPU; an env
 	PYTHON=$(PYTHON) sh scripts/install_sglang.sh
 	OMP_NUM_THREADS=1 .venv-sglang/bin/python -m pytest -m "not slow" tests_sglang
 
+test-verl: ## the tests inside the real verl, with Ray, on a CPU; an environment of their own
+	PYTHON=$(PYTHON) sh scripts/install_verl.sh
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests_verl
+
 lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,4 +81,4 @@ bench: $(STAMP) ## every benchmark, quickly; results under out/bench
 	  $(BIN)/python -m benchmarks.$$name --quick --json out/bench/$$name.json || exit 1; done
 
 clean: ## remove the environment and all outputs
-	rm -rf $(VENV) .venv-vllm .venv-sglang out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-sglang .venv-verl out .mypy_cache .ruff_cache .pytest_cache .hypothesis
