@@ -58,9 +58,11 @@ def hired(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield hire
     for each in made:
+        pids = list(each.pids)
         each.close()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        for pid in pids:  # by pid: other tests of this process may have children of their own
+            with pytest.raises(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def test_helpers_put_everything_where_one_process_puts_it(dataset: Dataset, hired: Any) -> None:
