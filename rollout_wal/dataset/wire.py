@@ -7,6 +7,7 @@ user are refused. Payload never travels here; it is mapped.
 from __future__ import annotations
 
 import array
+import hashlib
 import os
 import socket
 import struct
@@ -18,11 +19,17 @@ from .errors import LoaderError, problem
 
 PROTOCOL = 1
 MESSAGE_BYTES_MAX = 1 << 16
+#: Size of sun_path in Linux's sockaddr_un.
+_ADDRESS_BYTES_MAX = 108
 
 
 def abstract_address(name: str) -> str:
     """The socket address of a reader, by the name that all ranks of a node agreed on."""
-    return f"\0rollout-wal/{os.getuid()}/{name}"
+    address = f"\0rollout-wal/{os.getuid()}/{name}"
+    if len(os.fsencode(address)) > _ADDRESS_BYTES_MAX:  # names are often made from paths; all ranks get the same digest
+        digest = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+        address = f"\0rollout-wal/{os.getuid()}/long/{digest}"
+    return address
 
 
 def connect(name: str) -> socket.socket | None:

@@ -23,6 +23,7 @@ from rollout_wal.dataset.helpers import Helpers
 from rollout_wal.dataset.layout import StepLayout, StepLayouts
 from rollout_wal.dataset.loader import Loader
 from rollout_wal.dataset.prefetch import CALM_TAKES, PrefetchDepth
+from rollout_wal.dataset.wire import connect, listen
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 SIZE = 1 << 24
@@ -186,3 +187,15 @@ def test_helpers_leave_with_a_reader_that_is_killed(dataset: Dataset, planned: P
         os.kill(source.reader_pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
+
+
+def test_a_long_name_is_an_address_too() -> None:
+    name = "/a/path/of/a/dataset" * 10
+    sock = listen(name)
+    assert sock is not None
+    with sock:
+        assert listen(name) is None, "the name is taken"
+        peer = connect(name)
+        assert peer is not None
+        peer.close()
+        assert connect(name + "x") is None

@@ -51,11 +51,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(ground: Path) -> Files:
-    """What each rollout's sandbox holds in the end."""
-    return {
-        box.name: {path.name: path.read_text() for path in sorted((box / "workspace").iterdir())}
-        for box in sorted(ground.glob("sandbox-*"))
-    }
+    """What each rollout's sandbox holds in the end. A bubblewrap keeps it in its overlay's upper folder, or in its tree."""
+    found: Files = {}
+    for box in sorted(ground.glob("sandbox-*")):
+        held = next(box / name for name in ("workspace", "upper", "tree") if (box / name).is_dir())
+        found[box.name] = {path.name: path.read_text() for path in sorted(held.iterdir())}
+    return found
 
 
 def run_here(model: Path, ground: Path, kind: str, during: Callable[[RolloutBackend], Any] | None = None) -> list[Any]:

@@ -131,7 +131,7 @@ def run(folder: Path, options: dict[str, Any]) -> None:
         trainer._ledger.generate, trainer._ledger.commit = generated, committed  # type: ignore[method-assign]
         trainer._ledger._consume = consume  # type: ignore[method-assign]
         trainer.training_step = stepped
-        import rollout_wal.trainers.trl as adapter
+        import rollout_wal.trainers.trl.common as adapter
 
         def written(*args: Any, **kwargs: Any) -> None:
             moment("before state")
