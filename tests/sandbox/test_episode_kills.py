@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(ground: Path) -> Files:
-    """What each rollout's sandbox holds in the end. A bubblewrap keeps it in its overlay's upper folder, or in its tree."""
+    """What each rollout's sandbox holds in the end; a bubblewrap's is in its overlay's upper folder, or in its tree."""
     found: Files = {}
     for box in sorted(ground.glob("sandbox-*")):
         held = next(box / name for name in ("workspace", "upper", "tree") if (box / name).is_dir())

@@ -28,7 +28,7 @@ def draw_kills(config: StudentConfig) -> list[Kill]:
     rng = np.random.default_rng([config.seed, 0x6B696C6C])
     counts: list[tuple[Victim, int]] = [("trainer", config.trainer_kills), ("server", config.server_kills)]
     kills = [
-        Kill(int(rng.integers(0, max(1, config.batches - 1))), float(rng.random()), victim)
+        Kill(int(rng.integers(0, max(1, config.batches - 2))), float(rng.random()), victim)
         for victim, count in counts
         for _ in range(count)
     ]
