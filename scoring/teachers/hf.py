@@ -29,7 +29,7 @@ from rollout_kernels.logprobs import TokenLogprobs, logprobs_from_hidden, logpro
 from rollout_kernels.model import load_packed_model, quantize_model_
 from rollout_wal.dataset import Provenance, tokens_crc32c
 from rollout_wal.engines.common.identity import chat_template_digest, tokenizer_digest, weights_digest
-from rollout_wal.engines.hf.weights import no_progress_bars, parameters
+from rollout_wal.engines.hf.weights import no_progress_bars, own_memory, parameters
 from rollout_wal.errors import RolloutWalError
 
 from ..batching import Batch, plan
@@ -122,7 +122,7 @@ class HfTeacherSource:
             self._check_unchanged()
             model = _load(self.folder, self.precision)
             if self.device.type == "cpu":
-                _own_memory(model)
+                own_memory(model)
             else:
                 model = model.to(self.device)
             self._check_unchanged()  # and not while it was read either
@@ -470,17 +470,6 @@ def freeze(folder: Path, keep: Path | None) -> Path:
             )
         )
     return frozen
-
-
-def _own_memory(model: nn.Module) -> None:
-    """Copy what safetensors has mapped: weights that alias a file change when someone writes into it, unnoticed."""
-    seen: dict[object, Tensor] = {}  # tied weights stay tied
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            key = tensor.data_ptr(), tensor.shape, tensor.stride()
-            if key not in seen:
-                seen[key] = tensor.data.clone()
-            tensor.data = seen[key]
 
 
 def loaded_bytes(folder: Path, precision: str) -> int:

@@ -58,14 +58,14 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.
             )
         )
     _refuse_other_caches(model)
-    _own_memory(model)
+    own_memory(model)
     placed: nn.Module = model.to(device).eval()
     return placed
 
 
-def _own_memory(model: nn.Module) -> None:
-    """Copy what safetensors has mapped: weights that alias a file change when someone writes into it, unnoticed, and
-    what is sampled then is of no policy version that the log knows."""
+def own_memory(model: nn.Module) -> None:
+    """Copy what safetensors has mapped: weights that alias a file change when someone writes into it, unnoticed:
+    what is sampled or scored then is of no version that anybody knows."""
     own: dict[object, Tensor] = {}  # tied weights stay tied
     for tensor in (*model.parameters(), *model.buffers()):
         key = tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -173,7 +173,9 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         )
         head = unwrapped_student.get_output_embeddings()
         count = num_items_in_batch if num_items_in_batch is not None else mask_BC.sum().clamp(min=1)
-        logprobs_BCV = (head(hidden_BCH).float() / (float(self.temperature) or 1.0)).log_softmax(-1)
+        # Over the whole vocabulary the loss rebuilds logits in pieces: these are for the metric, without a graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._objective == "sampled"):
+            logprobs_BCV = (head(hidden_BCH).float() / (float(self.temperature) or 1.0)).log_softmax(-1)
         with torch.no_grad():
             entropy = (-(logprobs_BCV.exp() * logprobs_BCV).sum(-1) * mask_BC).sum()
         if self._objective == "sampled":
