@@ -1,13 +1,11 @@
 """Blocks of payload files, each a record batch, from the page cache into place: read, or read and decompressed.
 
-Uncompressed blocks are read straight to where ranks will map them; compressed ones pass through one buffer, which is
+Uncompressed blocks are copied straight to where ranks will map them; compressed ones pass through one buffer, which is
 used again for each.
 """
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +17,9 @@ import zstandard
 from numpy.typing import NDArray
 
 from .inflate import HEAD_SLACK_BYTES, inflate
+from .payload_files import PayloadFiles
 from .reader import damaged
 
-_OPEN_FILES_MAX = 256
 #: Compressed blocks up to this size share a buffer; a larger one gets its own, which is not kept.
 _PACKED_BYTES = 4 << 20
 #: Decompressing a byte takes as long as copying this many, roughly.
@@ -78,7 +76,7 @@ class BlockReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files = PayloadFiles(folder)
         self._decompressor = zstandard.ZstdDecompressor()
         self._packed = memoryview(bytearray(_PACKED_BYTES))
 
@@ -90,46 +88,17 @@ class BlockReader:
         """
         columns = (blocks.file, blocks.source, blocks.bytes, blocks.raw_bytes, blocks.target)
         opened = -1
-        fd = -1
-        for file, source, size, raw_size, target in zip(*(c.tolist() for c in columns), strict=True):
-            if file != opened:
-                fd, opened = self._open(blocks.paths[file]), file
+        for number, source, size, raw_size, target in zip(*(c.tolist() for c in columns), strict=True):
+            if number != opened:
+                file, opened = self._files[blocks.paths[number]], number
             # One that is not compressed goes straight to its place. (A compressed one of just this size, too: the rank
             # will decompress it.)
-            whole = size == raw_size
-            if whole:
-                into = extent[target : target + size]
-            else:
-                into = self._packed[:size] if size <= _PACKED_BYTES else memoryview(bytearray(size))
-            done = os.preadv(fd, [into], source)
-            if done < size:
-                self._read_on(fd, into, source, done, blocks.paths[file])
-            if not whole:
-                try:
-                    inflate(into, extent[target : target + raw_size + HEAD_SLACK_BYTES], self._decompressor)
-                except (zstandard.ZstdError, ValueError) as error:
-                    raise damaged(self._folder / blocks.paths[file], f"record batch at {source}: {error}") from error
-
-    def _read_on(self, fd: int, into: memoryview, offset: int, done: int, path: str) -> None:
-        """What a first read left: a signal or a network file system may cut one short, and so does a file's end."""
-        while done < len(into):
-            count = os.preadv(fd, [into[done:]], offset + done)
-            if count == 0:
-                raise damaged(self._folder / path, f"it ends before byte {offset + len(into)}")
-            done += count
-
-    def _open(self, path: str) -> int:
-        """A descriptor of a payload file; the ones used last are kept open."""
-        fd = self._files.get(path)
-        if fd is not None:
-            self._files.move_to_end(path)
-            return fd
-        try:
-            fd = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise damaged(self._folder / path, str(error)) from error
-        self._files[path] = fd
-        if len(self._files) > _OPEN_FILES_MAX:
-            _, oldest = self._files.popitem(last=False)
-            os.close(oldest)
-        return fd
+            if size == raw_size:
+                file.copy(source, extent[target : target + size])
+                continue
+            packed = self._packed[:size] if size <= _PACKED_BYTES else memoryview(bytearray(size))
+            file.copy(source, packed)
+            try:
+                inflate(packed, extent[target : target + raw_size + HEAD_SLACK_BYTES], self._decompressor)
+            except (zstandard.ZstdError, ValueError) as error:
+                raise damaged(self._folder / blocks.paths[number], f"record batch at {source}: {error}") from error

@@ -11,6 +11,7 @@ nothing that is still in use is ever overwritten. Writing into an array changes 
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import pyarrow as pa
 from .errors import LoaderError, problem
 from .lease import Lease
 from .minibatch import LoadedSample, MiniBatch
+from .payload_files import LONG_COPIES
 from .reader_config import ReaderConfig
 from .schema import TOKENS
 from .wire import PROTOCOL, connect, receive, send
@@ -161,6 +163,7 @@ class Loader:
             check=True,
             start_new_session=True,
             close_fds=True,
+            env={**LONG_COPIES, **os.environ},
         )
 
     def _greet(self, sock: socket.socket, deadline: float) -> bool:
