@@ -89,7 +89,7 @@ def make_tiny_model(
         seed: of the weights and of the default texts.
         texts: what the tokenizer is trained on; arithmetic exercises if not given.
         max_context: positions that the model has.
-        head_dim: of queries and keys. Some attention kernels (vLLM's on CPUs) take none below 32.
+        head_dim: of queries and keys. Some attention kernels on CPUs take none below 32.
 
     Returns:
         The folder.

@@ -28,7 +28,7 @@ class CompletionSource:
         api_key: sent as a bearer token, if given.
         timeout_seconds: without a byte from the server.
 
-    Token ids are those of the server's `token_ids` extension where it sends them (vLLM's `return_token_ids`); else one
+    Token ids are those of the server's `token_ids` extension where it sends them (`return_token_ids`); else one
     zero stands for each token of the stream, counted by its logprobs, or one per chunk if there are none.
     """
 
