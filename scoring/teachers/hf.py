@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import shutil
@@ -33,9 +32,10 @@ from rollout_wal.engines.hf.weights import no_progress_bars, own_memory, paramet
 from rollout_wal.errors import RolloutWalError
 
 from ..batching import Batch, plan
-from ..errors import BadConfiguration, BadRequest, BadResult, TeacherFailed, mismatch, problem
+from ..errors import BadConfiguration, BadRequest, BadResult, TeacherFailed, problem
 from ..items import Ragged, ScoreItem, Scores
 from .base import TeacherInfo
+from .folder import ModelFolder, checkpoint_digest, vocabulary
 
 _DTYPES = {
     "float32": torch.float32,
@@ -44,18 +44,6 @@ _DTYPES = {
     "mxfp4-float32": torch.float32,
 }
 PRECISIONS = tuple(_DTYPES)
-_WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """BLAKE2b-128 over names and bytes of configuration and weights, in lower-case hex."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in _weight_files(folder):
-        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 class HfTeacherSource:
@@ -97,18 +85,11 @@ class HfTeacherSource:
                     remedy=f"Name a folder with a config.json, and one of {', '.join(PRECISIONS)}",
                 )
             )
-        self._stat = _stat(self.folder)
+        self._files = ModelFolder(teacher, self.folder, precision)
         config = AutoConfig.from_pretrained(self.folder).get_text_config()
-        provenance = Provenance(
-            teacher,
-            checkpoint_digest(self.folder),
-            tokenizer_digest(self.folder),
-            chat_template_digest(self.folder),
-            precision,
-        )
         self.info = TeacherInfo(
-            provenance,
-            min(config.vocab_size, _tokenizer_size(self.folder) or config.vocab_size),
+            self._files.provenance,
+            vocabulary(config, self.folder),
             config.max_position_embeddings,
             config.hidden_size,
             loaded_bytes(self.folder, precision),
@@ -119,13 +100,13 @@ class HfTeacherSource:
         """Raises TeacherFailed or ScoreProvenanceMismatch."""
         teacher = self.info.id
         try:
-            self._check_unchanged()
+            self._files.check_unchanged()
             model = _load(self.folder, self.precision)
             if self.device.type == "cpu":
                 own_memory(model)
             else:
                 model = model.to(self.device)
-            self._check_unchanged()  # and not while it was read either
+            self._files.check_unchanged()  # and not while it was read either
             return HfTeacher(model, self.info, self.token_budget, self.chunk_tokens, share_prefixes=self.share_prefixes)
         except (OSError, ValueError, RuntimeError, KernelError, SafetensorError) as error:
             raise TeacherFailed(
@@ -135,14 +116,6 @@ class HfTeacherSource:
                     remedy="Repair the folder, then send the items again",
                 )
             ) from error
-
-    def _check_unchanged(self) -> None:
-        stat = _stat(self.folder)
-        if stat != self._stat:
-            found, expected = checkpoint_digest(self.folder), self.info.provenance.checkpoint
-            if found != expected:
-                raise mismatch(f"the checkpoint of teacher {self.info.id!r} on disk", found, expected)
-            self._stat = stat
 
 
 class SnapshotSource:
@@ -177,7 +150,7 @@ class SnapshotSource:
         )
         self.info = TeacherInfo(
             provenance,
-            min(config.vocab_size, _tokenizer_size(folder) or config.vocab_size),
+            vocabulary(config, folder),
             config.max_position_embeddings,
             config.hidden_size,
             sum(p.nbytes for p in self._model.parameters()),
@@ -491,26 +464,6 @@ def loaded_bytes(folder: Path, precision: str) -> int:
         except (ValueError, KeyError, TypeError):
             total += path.stat().st_size  # loading it will say what is wrong
     return total
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern))
-
-
-def _stat(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    stats = ((path.name, path.stat()) for path in _weight_files(folder))
-    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
-
-
-def _tokenizer_size(folder: Path) -> int | None:
-    """One more than the highest id of the tokenizer in the folder; None where there is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    highest: int = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values())
-    return highest + 1
 
 
 def _pad(candidates: Ragged, skip: int) -> Tensor:
