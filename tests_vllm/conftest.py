@@ -28,6 +28,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("MODEL_RUNNER") == "v2":
+    sys.path.insert(0, str(Path(__file__).parent))
+    import interpreted  # noqa: F401
 
 import httpx
 import numpy as np

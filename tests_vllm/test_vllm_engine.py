@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,6 +54,7 @@ def test_it_is_an_engine(engine: Any) -> None:
     assert isinstance(engine, Engine)
     assert engine.info.engine == "vllm"
     assert engine.info.max_context == 512
+    assert engine.info.extras["model_runner"] == os.environ.get("MODEL_RUNNER", "v1")
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -305,29 +307,27 @@ def test_arguments_that_break_the_sampling_are_refused(engine: Any, model: Path,
 
 
 def test_a_configuration_that_would_not_log_is_refused_by_name() -> None:
-    from rollout_wal.engines.vllm.scheduler import _check_config, _options
+    from rollout_wal.engines.vllm.config import check_config, options_of
 
     for config in ({}, {"rollout_wal": {"logs": "x"}}, {"rollout_wal": {"log": "x", "polcy": {}}}):
         with pytest.raises(BadInput, match="vLLM was not started"):
-            _options(SimpleNamespace(additional_config=config))
+            options_of(SimpleNamespace(additional_config=config))
     good = {
         "logits_processors": ["rollout_wal.engines.vllm.processor:PositionNoise"],
         "logprobs_mode": "raw_logprobs",
     }
 
-    def config(v2: bool = False, speculative: Any = None, **model: Any) -> Any:
+    def config(speculative: Any = None, **model: Any) -> Any:
         return SimpleNamespace(
             model_config=SimpleNamespace(**{**good, **model}),
             speculative_config=speculative,
-            use_v2_model_runner=v2,
         )
 
-    _check_config(config())
+    check_config(config())
     for bad, what in (
         (config(logits_processors=None), "the sampler is missing"),
         (config(logprobs_mode="processed_logprobs"), "logprobs_mode"),
-        (config(v2=True), "model runner V2"),
         (config(speculative={}), "speculative"),
     ):
         with pytest.raises(BadInput, match=what):
-            _check_config(bad)
+            check_config(bad)

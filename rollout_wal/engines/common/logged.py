@@ -16,6 +16,7 @@ from ...log.storage import OsStorage
 from ...stream import Stream, Values
 from ...tokens import Tokens
 from ..base import FinishReason
+from .routes import Routes, routes_of, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +32,42 @@ class Logged:
     version_T: NDArray[np.int64]
     """The policy version that sampled each token."""
     finish: FinishReason
+    routes: Routes | None = None
+    """Of the tokens of a mixture-of-experts model; None: the engine logs none."""
 
     def __len__(self) -> int:
         return len(self.token_T)
 
 
-def combine(rollout: int, streams: Iterable[Stream]) -> Logged:
-    """The attempts of one rollout as one output: a later attempt voids what an earlier one logged beyond its start."""
+def combine(rollout: int, streams: Iterable[Stream], shape: tuple[int, int] | None = None) -> Logged:
+    """The attempts of one rollout as one output: a later attempt voids what an earlier one logged beyond its start.
+
+    Args:
+        shape: (layers, experts of a token) of the routes that the engine logs.
+    """
     known, attempts, finish = Tokens.concat([]), 0, FinishReason.RUNNING
+    routes: Routes | None = None
     for stream in sorted(streams, key=lambda s: s.attempt):
         if stream.start > len(known):
             # Its beginning is in another engine's log, or was released: alone it is no prefix of anything.
-            known, finish = Tokens.concat([]), FinishReason.RUNNING
+            known, finish, routes = Tokens.concat([]), FinishReason.RUNNING, None
             attempts = stream.attempt
             continue
         known = Tokens.concat([known[: stream.start], Tokens.of_stream(stream)])
         attempts, finish = stream.attempt, FinishReason(stream.finish)
-    return Logged(rollout, attempts, known.token_T, known.logprob, known.sampling_logprob, known.version_T, finish)
+        if shape is not None:
+            mine = routes_of(stream, shape)
+            routes = mine if routes is None else Routes.concat([routes[: stream.start], mine])
+    return Logged(
+        rollout,
+        attempts,
+        known.token_T,
+        known.logprob,
+        known.sampling_logprob,
+        known.version_T,
+        finish,
+        routes,
+    )
 
 
 def read_logged(path: str | os.PathLike[str]) -> dict[int, Logged]:
@@ -71,4 +91,5 @@ def by_rollout(state: EngineState) -> dict[int, Logged]:
     streams: dict[int, list[Stream]] = {}
     for (rollout, _), stream in state.streams.items():
         streams.setdefault(rollout, []).append(stream)
-    return {rollout: combine(rollout, members) for rollout, members in streams.items()}
+    shape = shape_of(state.engine)
+    return {rollout: combine(rollout, members, shape) for rollout, members in streams.items()}

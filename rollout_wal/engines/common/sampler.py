@@ -75,6 +75,28 @@ class RowSampler:
                 token = int(self._drawn[row])
             table.push(row, token)
 
+    def reach(self, row: int, length: int) -> bool:
+        """Bring a row to `length` tokens with the one that was drawn here last, or by taking tokens back.
+
+        For an engine whose tokens are not at hand. False: more than that one is missing, and nothing was done.
+        """
+        table, known = self._table, int(self._table.length_M[row])
+        if length == known + 1 and self._drawn_at[row] == known:
+            table.push(row, int(self._drawn[row]))
+        elif length < known:
+            table.truncate(row, length)
+        return length <= known or int(table.length_M[row]) == length
+
+    def lengths(self, row_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each row: the position of its next one."""
+        return self._table.length_M[row_N]
+
+    def ends_with(self, row: int, tokens: Sequence[int], *, after: int) -> bool:
+        """Whether a row ends so, with nothing of it among its first `after` tokens."""
+        length = int(self._table.length_M[row])
+        begin = length - len(tokens)
+        return begin >= after and self._table.tokens_MT[row, begin:length].tolist() == list(tokens)
+
     def draw(self, logits_NV: Tensor, row_N: NDArray[np.int64]) -> Draw:
         """Draw the next token of each row. Does not advance the rows: `follow` does, when the engine has kept them.
 

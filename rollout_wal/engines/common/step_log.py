@@ -29,6 +29,7 @@ from ...log.storage import make_dirs_durable
 from ...wal import open_engine_log
 from ..base import FinishReason
 from .logged import Logged, combine
+from .routes import shape_of
 
 Held = TypeVar("Held")
 
@@ -183,7 +184,8 @@ class StepLog(Generic[Held]):
             return combine(rollout, [])
         self.flush()
         streams = self._state.finish().streams
-        return combine(rollout, [streams[rollout, a] for a in attempts if (rollout, a) in streams])
+        mine = [streams[rollout, a] for a in attempts if (rollout, a) in streams]
+        return combine(rollout, mine, shape_of(self._state.engine))
 
     def rollouts(self) -> list[int]:
         """Those that the log knows."""

@@ -33,13 +33,13 @@ _OURS: Final = (
     "worker_extension_cls",
     "scheduler_cls",
     "kv_transfer_config",
+    "async_scheduling",
 )
 
-# Before vLLM is imported. The engine core in this process, so that a step is a step of this worker; model runner V1,
-# whose logits processors decide the token; and no call home from a machine that may have no network.
+# Before vLLM is imported. The engine core in this process, so that a step is a step of this worker, and no call home
+# from a machine that may have no network.
 _ENVIRONMENT: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -55,7 +55,8 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
 from .connector import CONNECTOR, BlockConnector, gather, shape_of  # noqa: E402
-from .processor import PLAN, PositionNoise, plan_of  # noqa: E402
+from .draws import PLAN, plan_of  # noqa: E402
+from .processor import PositionNoise  # noqa: E402
 from .worker import EXTENSION  # noqa: E402
 
 
@@ -141,6 +142,8 @@ class VllmEngine:
                     "dtype": dtype,
                     "kv_transfer_config": _connector() if kv_connector else None,
                     "max_num_seqs": max_batch,
+                    # A step is over when it returns: its tokens are logged under the weights that sampled them.
+                    "async_scheduling": False,
                     "logits_processors": [_PROCESSOR],
                     "worker_extension_cls": EXTENSION,
                 }
@@ -348,9 +351,9 @@ class VllmEngine:
 
     def _drawn(self) -> tuple[list[int], list[int], list[float], list[float]]:
         if self._in_process:
-            assert PositionNoise.last is not None
-            tag, token, logprob, sampling = PositionNoise.last.drawn
-            return tag.tolist(), token.tolist(), logprob.tolist(), sampling.tolist()
+            assert PositionNoise.draws is not None
+            d = PositionNoise.draws.last
+            return d.tag_N.tolist(), d.token_N.tolist(), d.logprob_N.tolist(), d.sampling_logprob_N.tolist()
         drawn: tuple[list[int], list[int], list[float], list[float]]
         drawn = self._core.collective_rpc("rollout_wal_drawn")[0]  # all ranks draw the same
         return drawn

@@ -22,6 +22,7 @@ __all__ = [
     "info_of",
     "mismatch",
     "quick_digest",
+    "routes_shape",
     "same_architecture",
     "same_shapes",
 ]
@@ -39,6 +40,14 @@ def eos_of(model_config: Any) -> tuple[int, ...]:
 def context_of(vllm_config: Any) -> int:
     """Tokens that a request may have, prompt and output together."""
     return int(vllm_config.model_config.max_model_len)
+
+
+def routes_shape(vllm_config: Any) -> list[int] | None:
+    """[layers, experts of a token] of the routes that vLLM returns; None where it returns none."""
+    if not vllm_config.aux_output_config.enable_return_routed_experts:
+        return None
+    model = vllm_config.model_config
+    return [int(model.get_total_num_hidden_layers()), int(model.get_num_experts_per_tok())]
 
 
 def info_of(vllm_config: Any, version: str, weights: str) -> EngineInfo:
@@ -66,6 +75,7 @@ def info_of(vllm_config: Any, version: str, weights: str) -> EngineInfo:
             "device": str(vllm_config.device_config.device_type),
             "tensor_parallel": str(vllm_config.parallel_config.tensor_parallel_size),
             "quantization": str(model.quantization or ""),
+            "model_runner": "v2" if vllm_config.use_v2_model_runner else "v1",
         },
     )
 

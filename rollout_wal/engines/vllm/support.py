@@ -11,6 +11,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _CORE = "vllm.v1.engine.core:EngineCore"
 _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
 _PROCESSOR = "vllm.v1.sample.logits_processor.interface:LogitsProcessor"
+_V2 = "vllm.v1.worker.gpu.sample.logits_processor.interface"
 
 PROCESSOR_HOOKS = (
     Hook(f"{_PROCESSOR}.__init__", ("self", "vllm_config", "device", "is_pin_memory")),
@@ -20,6 +21,28 @@ PROCESSOR_HOOKS = (
     Hook(f"{_PROCESSOR}.is_argmax_invariant", ("self",)),
     Hook("vllm.v1.sample.sampler:Sampler.apply_logits_processors", ("self", "logits", "sampling_metadata")),
     Hook("vllm.v1.worker.gpu_input_batch:InputBatch.refresh_metadata", ("self",)),
+    Hook(f"{_V2}:LogitsProcessor.__init__", ("self", "vllm_config", "req_states")),
+    Hook(f"{_V2}:LogitsProcessor.add_request", ("self", "req_idx", "sampling_params")),
+    Hook(f"{_V2}:LogitsProcessor.apply_staged_writes", ("self",)),
+    Hook(f"{_V2}:LogitsProcessor.apply", ("self", "logits", "ctx")),
+    Hook(f"{_V2}:LogitsProcessor.validate_params", ("cls", "sampling_params")),
+    Hook(
+        f"{_V2}:LogitsProcRequestState.__init__",
+        ("self", "device", "max_num_reqs", "vocab_size", "all_token_ids", "prompt_len", "prefill_len", "total_len"),
+    ),
+    Hook(
+        f"{_V2}:LogitsContext.__init__",
+        (
+            "self",
+            "expanded_idx_mapping",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_local_pos",
+            "input_ids",
+            "pos",
+            "seq_lens_upper_bound_np",
+        ),
+    ),
 )
 
 ENGINE_HOOKS = (
@@ -61,6 +84,8 @@ SCHEDULER_HOOKS = (
     Hook("vllm.v1.engine:EngineCoreOutput.new_logprobs"),
     Hook("vllm.v1.engine:EngineCoreOutput.finish_reason"),
     Hook("vllm.v1.engine:EngineCoreOutput.stop_reason"),
+    Hook("vllm.v1.engine:EngineCoreOutput.routed_experts"),
+    Hook("vllm.config.aux_output:AuxOutputConfig.enable_return_routed_experts"),
 )
 
 

@@ -17,9 +17,9 @@ class WorkerExtension:
 
     def rollout_wal_drawn(self) -> tuple[list[int], list[int], list[float], list[float]]:
         """tag, token, logprob and sampling logprob of the rows that were drawn in the last step."""
-        assert PositionNoise.last is not None
-        tag, token, logprob, sampling = PositionNoise.last.drawn
-        return tag.tolist(), token.tolist(), logprob.tolist(), sampling.tolist()
+        assert PositionNoise.draws is not None
+        d = PositionNoise.draws.last
+        return d.tag_N.tolist(), d.token_N.tolist(), d.logprob_N.tolist(), d.sampling_logprob_N.tolist()
 
     def rollout_wal_reload(self, folder: str) -> None:
         """Load other weights of the same model in place. Every rank reads the checkpoint and takes its share."""
