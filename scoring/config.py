@@ -30,16 +30,20 @@ class TeacherConfig:
 
     Args:
         model: its folder.
-        precision: see `HfTeacherSource`.
+        engine: what runs it: "hf" (transformers, in the server's process), "vllm" or "sglang".
+        precision: see `HfTeacherSource`, `EngineTeacherSource`.
         domains: labels that are routed to it.
         device: cpu, cuda, cuda:1, ...
         pinned: loaded first and never evicted: a reference model, say.
         frozen: score with a copy of the folder as it is when the server starts, for a student whose folder is
             written again later: the self-teacher.
-        token_budget, chunk_tokens, share_prefixes: see `HfTeacherSource`.
+        token_budget, share_prefixes: see `HfTeacherSource`, `EngineTeacherSource`.
+        chunk_tokens: see `HfTeacherSource`. Engines cut by their token budget.
+        kv_cache_bytes, max_context, python, engine_args: see `EngineTeacherSource`.
     """
 
     model: Path
+    engine: str = "hf"
     precision: str = "bfloat16"
     domains: tuple[str, ...] = ()
     device: str = "cpu"
@@ -48,6 +52,15 @@ class TeacherConfig:
     token_budget: int = 8192
     chunk_tokens: int = 4096
     share_prefixes: bool = True
+    kv_cache_bytes: int = 0
+    max_context: int = 0
+    python: Path | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Keys of a teacher that mean nothing under the other kind of engine.
+_ENGINE_KEYS = frozenset({"kv_cache_bytes", "max_context", "python", "engine_args"})
+_HF_KEYS = frozenset({"chunk_tokens"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +69,10 @@ class ServeConfig:
 
     Args:
         teachers: by id.
-        memory: bytes for the weights of all teachers that are in memory together. What a forward takes comes on top
-            and is bounded by the token budget.
+        memory: bytes for all teachers that are in memory together: their weights, and the KV caches of those in
+            engines. What a forward takes comes on top and is bounded by the token budget.
         max_wait_s, patience_s: see `Residency`.
-        threads: of torch; 0: its own choice.
+        threads: of torch, and of each engine on a CPU; 0: their own choice.
         cache: folder of scores that were computed, and heads; None: none are kept.
         cache_bytes: of scores, at most.
         metrics: host:port for Prometheus; None: none are served.
@@ -160,24 +173,9 @@ def build(config: ServeConfig) -> Scheduler:
     """
     import torch
 
-    from .teachers.hf import HfTeacherSource, freeze
-
     if config.threads:
         torch.set_num_threads(config.threads)
-    sources: list[TeacherSource] = []
-    for name, teacher in config.teachers.items():
-        folder = freeze(teacher.model, config.cache) if teacher.frozen else teacher.model
-        source = HfTeacherSource(
-            name,
-            folder,
-            precision=teacher.precision,
-            domains=teacher.domains,
-            device=teacher.device,
-            token_budget=teacher.token_budget,
-            chunk_tokens=teacher.chunk_tokens,
-            share_prefixes=teacher.share_prefixes,
-        )
-        sources.append(source)
+    sources = [_source(name, teacher, config) for name, teacher in config.teachers.items()]
     residency = Residency(
         {source.info.id: source.info.nbytes for source in sources},
         config.memory,
@@ -190,6 +188,35 @@ def build(config: ServeConfig) -> Scheduler:
     return Scheduler(sources, residency, cache=cache, heads=heads, limits=config.limits)
 
 
+def _source(name: str, teacher: TeacherConfig, config: ServeConfig) -> TeacherSource:
+    from .teachers.hf import HfTeacherSource, freeze
+    from .teachers.sglang import SglangTeacherSource
+    from .teachers.vllm import VllmTeacherSource
+
+    folder = freeze(teacher.model, config.cache) if teacher.frozen else teacher.model
+    common: dict[str, Any] = {
+        "precision": teacher.precision,
+        "domains": teacher.domains,
+        "device": teacher.device,
+        "token_budget": teacher.token_budget,
+        "share_prefixes": teacher.share_prefixes,
+    }
+    if teacher.engine == "hf":
+        return HfTeacherSource(name, folder, **common, chunk_tokens=teacher.chunk_tokens)
+    kind = VllmTeacherSource if teacher.engine == "vllm" else SglangTeacherSource
+    return kind(
+        name,
+        folder,
+        **common,
+        kv_cache_bytes=teacher.kv_cache_bytes,
+        max_context=teacher.max_context,
+        python=teacher.python,
+        threads=config.threads,
+        engine_args=teacher.engine_args,
+    )
+
+
+_ENGINES = ("hf", "vllm", "sglang")
 _SERVER_ELSEWHERE = frozenset({"address", "tokens", "certificate", "private_key", "client_authorities"})
 _TLS = ("certificate", "private_key", "client_authorities")
 
@@ -214,6 +241,11 @@ class _Reader:
         entry = self.fill(key, TeacherConfig, value)
         if "model" not in entry:
             raise _bad(self._path, key, "it names no model")
+        engine = entry.get("engine", "hf")
+        if engine not in _ENGINES:
+            raise _bad(self._path, f"{key}.engine", f"{engine!r} is none of {', '.join(_ENGINES)}")
+        if strange := sorted(set(entry) & (_ENGINE_KEYS if engine == "hf" else _HF_KEYS)):
+            raise _bad(self._path, f"{key}.{strange[0]}", f"it means nothing to a teacher of `engine: {engine}`")
         return TeacherConfig(**entry)
 
     def fill(self, key: str, kind: Any, value: Any, *, not_here: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -224,6 +256,8 @@ class _Reader:
             "bool": self.boolean,
             "str": self.text,
             "Path": self.path,
+            "Path | None": self.path,
+            "Mapping[str, Any]": self.mapping,
             "tuple[str, ...]": self.texts,
         }
         known = {f.name: readers[str(f.type)] for f in fields(kind) if f.name not in not_here}

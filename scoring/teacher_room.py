@@ -68,11 +68,10 @@ class TeacherRoom:
         victims = self._residency.victims(teacher_id, queues, keep)
         if victims is None:
             return
-        for victim in victims:
-            self._evict(victim)
+        evicted = [self._evict(victim) for victim in victims]
         self._residency.reserve(teacher_id)
         self.loading = teacher_id
-        self._task = asyncio.create_task(self._load(teacher_id))
+        self._task = asyncio.create_task(self._load(teacher_id, evicted))
 
     async def wait(self) -> None:
         """For the load under way."""
@@ -82,15 +81,18 @@ class TeacherRoom:
     async def close(self) -> None:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
+        going = list(self.teachers.values())
         self.teachers.clear()
+        await asyncio.get_running_loop().run_in_executor(None, _close, going)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
 
-    async def _load(self, teacher_id: str) -> None:
+    async def _load(self, teacher_id: str, evicted: list[Teacher]) -> None:
         started = self._clock()
         error: RolloutWalError | None = None
         try:
             loop = asyncio.get_running_loop()
-            self.teachers[teacher_id] = await loop.run_in_executor(self._thread, self._sources[teacher_id].load)
+            source = self._sources[teacher_id]
+            self.teachers[teacher_id] = await loop.run_in_executor(self._thread, _make_room, evicted, source)
         except Exception as raised:  # whatever loading raises, the other teachers go on
             error = raised if isinstance(raised, RolloutWalError) else _load_failure(teacher_id, raised)
         now = self._clock()
@@ -112,12 +114,23 @@ class TeacherRoom:
             )
         self._ended(teacher_id, error)
 
-    def _evict(self, teacher_id: str) -> None:
+    def _evict(self, teacher_id: str) -> Teacher:
         self._residency.evicted(teacher_id)
-        del self.teachers[teacher_id]
-        gc.collect()  # modules refer to themselves; their memory is needed now
         count(self._counters.evictions, teacher_id)
         log.info("teacher evicted", extra={"teacher": teacher_id})
+        return self.teachers.pop(teacher_id)
+
+
+def _make_room(evicted: list[Teacher], source: TeacherSource) -> Teacher:
+    """On the loading thread: free the memory of those that go, then load the one that comes."""
+    _close(evicted)
+    gc.collect()  # modules refer to themselves; their memory is needed now
+    return source.load()
+
+
+def _close(teachers: list[Teacher]) -> None:
+    while teachers:
+        teachers.pop().close()
 
 
 def _load_failure(teacher_id: str, error: Exception) -> TeacherFailed:

@@ -49,6 +49,7 @@ class PlainSource:
         self.batches: list[int] = []
         self.scored: list[ScoreItem] = []
         self.alive = 0
+        self.closed = 0
 
     def load(self) -> PlainTeacher:
         self.loads += 1
@@ -91,6 +92,9 @@ class PlainTeacher:
         import torch
 
         return torch.arange(80, dtype=torch.float32).reshape(10, 8)
+
+    def close(self) -> None:
+        self._source.closed += 1
 
 
 def plain_item(seed: int, teacher: str = "a", length: int = 12, **fields: Any) -> ScoreItem:

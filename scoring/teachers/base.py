@@ -84,6 +84,10 @@ class Teacher(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of memory that is not this process's own. It is not used afterwards, and nothing is computed now."""
+        ...
+
 
 class TeacherSource(Protocol):
     """A teacher that can be loaded any number of times, always the same."""

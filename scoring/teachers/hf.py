@@ -244,6 +244,9 @@ class HfTeacher:
             )
         return self._head.detach()[: self.info.vocabulary]
 
+    def close(self) -> None:
+        """Nothing: its memory goes with the last reference."""
+
     def _hidden(self, batch: Batch, cache: Any, items: Sequence[ScoreItem]) -> list[Tensor]:
         """The hidden states [R, H] that predict each member's span, in order of the members."""
         width = max(len(row) for row in batch.rows)
