@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams as VllmParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from ._common import save, show
+from ._common import save
+from ._overhead import HIDDEN, LAYERS, make_model, options, ratio_of, share_of, show_ratios, show_shares
 
 REQUESTS = (16, 64)
 STEPS = 200
@@ -43,20 +42,9 @@ PAIRS_PER_BATCH = 20
 
 
 def make_engine(folder: Path, log: Path, hidden: int, layers: int) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 128),
-        vocab_size=4096,
-        max_position_embeddings=2048,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
     return LLMEngine.from_engine_args(
         EngineArgs(
-            model=str(folder),
+            model=str(make_model(folder, hidden, layers)),
             dtype="float32",
             enforce_eager=True,
             block_size=32,
@@ -145,13 +133,7 @@ class Bench:
 def share(bench: Bench, requests: int, steps: int) -> dict[str, float]:
     bench.begin(requests)
     walls, hooks = bench.steps(steps)
-    shares = [h / w for h, w in zip(hooks, walls, strict=True)]
-    return {
-        "p50": statistics.median(shares),
-        "p99": statistics.quantiles(shares, n=100)[98],
-        "hook_us_p50": 1e6 * statistics.median(hooks),
-        "step_ms_p50": 1e3 * statistics.median(walls),
-    }
+    return share_of(hooks, walls)
 
 
 def block(bench: Bench, logged: bool) -> float:
@@ -181,21 +163,13 @@ def throughput(bench: Bench, requests: int, pairs: int) -> dict[str, Any]:
         seconds = {logged: block(bench, logged) for logged in order.sample((False, True), 2)}
         ratios.append(seconds[False] / seconds[True])
         rates.append(requests * BLOCK / seconds[False])
-    quartiles = statistics.quantiles(ratios, n=4)
-    return {
-        "ratio": statistics.median(ratios),
-        "quartiles": [quartiles[0], quartiles[2]],
-        "tokens_per_s_without": statistics.median(rates),
-        "pairs": pairs,
-    }
+    return {**ratio_of(ratios), "tokens_per_s_without": statistics.median(rates)}
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer steps and pairs.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the numbers to this file.")
-@click.option("--folder", type=click.Path(path_type=Path), default=None, help="Where the log is; a disk, not a tmpfs.")
-@click.option("--hidden", default=512, show_default=True, help="Hidden size of the model.")
-@click.option("--layers", default=8, show_default=True, help="Layers of the model.")
+@options
+@click.option("--hidden", default=HIDDEN, show_default=True, help="Hidden size of the model.")
+@click.option("--layers", default=LAYERS, show_default=True, help="Layers of the model.")
 def main(quick: bool, path: Path | None, folder: Path | None, hidden: int, layers: int) -> None:
     """The log's cost inside vLLM's engine core."""
     cut: Callable[[int], int] = (lambda n: max(4, n // 5)) if quick else (lambda n: n)
@@ -205,26 +179,8 @@ def main(quick: bool, path: Path | None, folder: Path | None, hidden: int, layer
         shares = {n: share(bench, n, cut(STEPS)) for n in REQUESTS}
         rate = throughput(bench, REQUESTS[0], cut(PAIRS))
         engine.engine_core.shutdown()
-    show(
-        "The hook's share of a step of vLLM's engine core, outputs held until durable",
-        ["requests", "p50", "p99", "hook µs", "step ms"],
-        [
-            [n, f"{s['p50']:.2%}", f"{s['p99']:.2%}", f"{s['hook_us_p50']:.0f}", f"{s['step_ms_p50']:.1f}"]
-            for n, s in shares.items()
-        ],
-    )
-    show(
-        "Tokens/s with the log over without, in interleaved pairs",
-        ["requests", "ratio", "quartiles", "tokens/s without"],
-        [
-            [
-                REQUESTS[0],
-                f"{rate['ratio']:.3f}",
-                "–".join(f"{q:.3f}" for q in rate["quartiles"]),
-                f"{rate['tokens_per_s_without']:,.0f}",
-            ]
-        ],
-    )
+    show_shares("The hook's share of a step of vLLM's engine core, outputs held until durable", shares)
+    show_ratios("Tokens/s with the log over without, in interleaved pairs", {REQUESTS[0]: rate})
     save(
         path,
         {
