@@ -9,7 +9,11 @@ import rich.progress
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from .coordinator import Stats
+    from .stats import Stats
+
+
+#: Terminals from this width on show everything.
+_WIDE = 110
 
 
 class Progress:
@@ -19,9 +23,11 @@ class Progress:
         self._stats = stats
         self._before = stats.tokens
         self._since = time.monotonic()
-        self._bar = rich.progress.Progress(
+        console = Console(stderr=True)
+        wide = console.width >= _WIDE
+        columns = [
             rich.progress.TextColumn("rollouts"),
-            rich.progress.BarColumn(),
+            rich.progress.BarColumn(bar_width=None if wide else 8),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[rate]} tok/s"),
             rich.progress.TextColumn("in flight {task.fields[in_flight]}"),
@@ -29,8 +35,10 @@ class Progress:
             rich.progress.TextColumn("deaths {task.fields[deaths]}"),
             rich.progress.TextColumn("durable lag {task.fields[lag]} B"),
             rich.progress.TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
+        ]
+        if not wide:  # what is cut off helps nobody: the lag matters least, for it is bounded
+            del columns[-2]
+        self._bar = rich.progress.Progress(*columns, console=console, expand=wide)
         self._task = self._bar.add_task("", total=total, completed=already, **self._fields())
 
     def _fields(self) -> dict[str, Any]:
