@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def demo(out: Path, as_json: bool, **overrides: Any) -> None:
     """
     from rich.console import Console
 
+    # As in the workers: transformers imports torchao where it is installed, and both talk about what they do not need.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     from .run import run_demo
     from .variants import Plan
 
