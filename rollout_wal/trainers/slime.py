@@ -98,9 +98,12 @@ def generate_rollout(args: Any, rollout_id: int, data_source: DataSource, evalua
     Returns:
         Groups of slime's own samples, filled in. slime takes a plain list of groups as its legacy form of the output.
 
+    `--rollout-sample-filter-path` and `--rollout-all-samples-process-path` are called as slime's own function calls
+    them: the first marks samples in place, the second sees them.
+
     Raises:
         BadInput: evaluation (set `--eval-function-path`), images, a dynamic filter or partial rollouts: the latter drop
-            or cut rollouts by when they finished.
+            or cut rollouts by when they finished. top-p below 1 where slime replays it.
         CohortMismatch: the data source gave other prompts for this `rollout_id` than before.
     """
     if evaluation:
@@ -113,6 +116,7 @@ def generate_rollout(args: Any, rollout_id: int, data_source: DataSource, evalua
             raise _refused(name, why)
     bound = _binding()
     groups = data_source.get_samples(int(args.rollout_batch_size))
+    _check_replay(groups[0][0], float(args.rollout_top_p))
     prompts = [_prompt(bound, group[0]) for group in groups]
     sizes = {len(group) for group in groups}
     if len(sizes) != 1 or any(_prompt(bound, s) != prompts[g] for g, group in enumerate(groups) for s in group):
@@ -129,6 +133,10 @@ def generate_rollout(args: Any, rollout_id: int, data_source: DataSource, evalua
     for sample, rollout in zip(samples, rollouts, strict=True):
         fill(sample, rollout, bound.tokenizer)
     asyncio.run(_reward(args, groups))
+    if getattr(args, "rollout_sample_filter_path", None):
+        _load(args.rollout_sample_filter_path)(args, groups)
+    if getattr(args, "rollout_all_samples_process_path", None):
+        _load(args.rollout_all_samples_process_path)(args, groups, data_source)
     rewards = {r.id: _number(args, s.reward) for s, r in zip(samples, rollouts, strict=True) if r.censored is None}
     # slime trains on rollout n in its step n, both counted from 0.
     bound.ledger.used(int(rollout_id), int(rollout_id) + 1, rewards)
@@ -157,6 +165,8 @@ async def generate(args: Any, sample: Any, sampling_params: Mapping[str, Any], e
     bound = _binding()
     prompt = _prompt(bound, sample)
     params = sampling(sampling_params)
+    if not evaluation:
+        _check_replay(sample, params.top_p)
     kind = "eval" if evaluation else "sample"
     packed: bytes = msgpack.packb([prompt, params.to_dict(), getattr(args, "rollout_seed", 0)])
     name = f"{bound.run}/{kind}/{sample.index}/{hashlib.sha256(packed).hexdigest()[:16]}"
@@ -251,13 +261,26 @@ def _prompt(bound: _Bound, sample: Any) -> list[int]:
     images = getattr(sample, "multimodal_inputs", None) or {}
     if any(value is not None for value in images.values()):
         raise _refused("images in the prompts", "the backend samples text only")
-    if isinstance(sample.prompt, str):
+    if sample.tokens and not sample.response_length:
+        ids = sample.tokens  # a data source that has tokenized it
+    elif isinstance(sample.prompt, str):
         ids = bound.tokenizer.encode(sample.prompt, add_special_tokens=False)
     else:
         ids = bound.tokenizer.apply_chat_template(
             list(sample.prompt), tokenize=True, add_generation_prompt=True, return_dict=False
         )
     return [int(i) for i in ids]
+
+
+def _check_replay(sample: Any, top_p: float) -> None:
+    """Newer versions of slime train under top-p with the candidates that SGLang drew each token from."""
+    if top_p != 1.0 and hasattr(sample, "rollout_top_p_token_ids"):
+        raise _refused(f"top-p {top_p} with slime's replay of it", "the candidates of a token are not logged")
+
+
+def _load(path: str) -> Any:
+    module, _, name = str(path).rpartition(".")
+    return getattr(import_module(module), name)
 
 
 async def _reward(args: Any, groups: Sequence[Sequence[Any]]) -> None:
@@ -270,8 +293,7 @@ async def _reward(args: Any, groups: Sequence[Sequence[Any]]) -> None:
     whole = bool(getattr(args, "group_rm", False))
     if path is None:
         path = f"slime.rollout.rm_hub.{'batched_async_rm' if whole else 'async_rm'}"
-    module, _, name = str(path).rpartition(".")
-    function = getattr(import_module(module), name)
+    function = _load(path)
 
     async def call(what: Any) -> Any:
         value = function(args, what)

@@ -75,6 +75,16 @@ class Source:
         return groups
 
 
+def drop_the_last(args: Namespace, groups: list[list[Sample]]) -> None:
+    """For `--rollout-sample-filter-path`."""
+    groups[-1][-1].remove_sample = True
+
+
+def keep_the_count(args: Namespace, groups: list[list[Sample]], source: Source) -> None:
+    """For `--rollout-all-samples-process-path`."""
+    args.seen = (sum(len(group) for group in groups), source.offset)
+
+
 async def count_ones(args: Namespace, sample: Sample) -> float:
     return float(sample.response.count("1"))
 
@@ -239,6 +249,27 @@ def test_what_cannot_be_honoured_is_refused(args: Namespace, backend: RolloutBac
     with pytest.raises(BadInput, match="images"):
         asyncio.run(slime.generate(args, with_image, {"max_new_tokens": 4}))
     assert backend.balance().begun == 0
+
+
+def test_what_slime_lets_others_do_with_the_samples(args: Namespace, backend: RolloutBackend, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    slime.use_backend(backend, tokenizer)
+    args.rollout_sample_filter_path = f"{__name__}.drop_the_last"
+    args.rollout_all_samples_process_path = f"{__name__}.keep_the_count"
+    groups = slime.generate_rollout(args, 0, Source(args))
+    assert [[s.remove_sample for s in group] for group in groups] == [[False, False], [False, True]]
+    assert args.seen == (4, 2)
+    # A data source may tokenize its prompts itself.
+    ids = tokenizer.encode("1+2=", add_special_tokens=False)
+    sample = Sample(index=9, prompt="not this", tokens=list(ids))
+    asyncio.run(slime.generate(args, sample, {"max_new_tokens": 4}))
+    assert sample.tokens[: len(ids)] == ids
+    # Versions of slime that train under top-p with the candidates of each token have a field for them.
+    newer = Sample(index=10, prompt="1+2=")
+    newer.rollout_top_p_token_ids = None  # type: ignore[attr-defined]
+    with pytest.raises(BadInput, match=r"top-p 0\.9 with slime's replay"):
+        asyncio.run(slime.generate(args, newer, {"max_new_tokens": 4, "top_p": 0.9}))
+    assert asyncio.run(slime.generate(args, newer, {"max_new_tokens": 4, "top_p": 1.0})).response_length > 0
 
 
 def test_sampling_parameters_of_slime() -> None:
