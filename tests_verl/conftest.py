@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Every process of Ray learns of the rollout engine that the adapter adds to verl.
 os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "rollout_wal.trainers.verl.engine")
+# And finds what is defined in these tests.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 import pytest
 import ray
@@ -45,20 +46,14 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture
-def host(cluster: None, model: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Starts a host that is gone after the test, in good order."""
+@pytest.fixture(scope="module")
+def make_host(cluster: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts hosts on one directory, by name; they are gone after the module's tests, in good order."""
+    folder = tmp_path_factory.mktemp("host")
     started: list[Any] = []
 
-    def start(path: str = "wal", **options: Any) -> Any:
-        handle = start_host(
-            model,
-            tmp_path / path,
-            name=options.pop("name", f"host-{uuid.uuid4().hex[:8]}"),
-            slots=8,
-            segment_bytes=1 << 18,
-            **{"num_cpus": 0.5, **options},
-        )
+    def start(name: str, **options: Any) -> Any:
+        handle = start_host(model, folder / "wal", name=name, slots=8, segment_bytes=1 << 18, num_cpus=0.5, **options)
         started.append(handle)
         return handle
 

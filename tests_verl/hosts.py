@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +26,12 @@ def kill_host(handle: Any) -> int:
     return pid
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(
+    condition: Callable[[], bool], seconds: float = 60.0, process: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Fails when it takes too long, or when `process`, which should bring it about, has ended."""
     deadline = time.monotonic() + seconds
     while not condition():
+        assert process is None or process.poll() is None, "the process ended before it happened"
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,39 +36,46 @@ def tokens(rollouts: list[FinishedRollout]) -> list[list[int]]:
     return [r.tokens.tolist() for r in sorted(rollouts, key=lambda r: r.index)]
 
 
-def ask(handle: Any) -> Any:
-    return handle.generate.remote("c", PROMPTS, SAMPLING, group_size=GROUP, seed=3)
+def ask(handle: Any, cohort: str) -> Any:
+    return handle.generate.remote(cohort, PROMPTS, SAMPLING, group_size=GROUP, seed=3)
 
 
-def join_all(handle: Any, cohort: str = "c", **changed: Any) -> list[Any]:
-    return [
-        handle.join.remote(
-            cohort, i, len(PROMPTS) * GROUP, PROMPTS[i // GROUP], SAMPLING, group_size=GROUP, **{"seed": 3, **changed}
-        )
-        for i in range(len(PROMPTS) * GROUP)
-    ]
+def join(handle: Any, cohort: str, index: int, **changed: Any) -> Any:
+    """One of those who want a cohort, who knows its own prompt only."""
+    prompt = changed.pop("prompt", PROMPTS[index // GROUP])
+    size = len(PROMPTS) * GROUP
+    return handle.join.remote(cohort, index, size, prompt, SAMPLING, group_size=GROUP, **{"seed": 3, **changed})
+
+
+def begun(handle: Any, cohort: str) -> bool:
+    return cohort in ray.get(handle.cohorts.remote())
+
+
+@pytest.fixture(scope="module")
+def shared(make_host: Callable[..., Any]) -> Any:
+    """One host for those who have a cohort of their own: Ray starts it once, and again after each kill."""
+    return make_host("shared", workers=2)
 
 
 def test_calls_that_were_waiting_get_their_answer_from_the_restarted_host(
-    host: Callable[..., Any], undisturbed: list[list[int]]
+    shared: Any, undisturbed: list[list[int]]
 ) -> None:
-    handle = host(workers=2)
-    first = ray.get(handle.pid.remote())
-    answer = ask(handle)
-    wait_until(lambda: ray.get(handle.balance.remote()).begun > 0)
-    kill_host(handle)
+    first = ray.get(shared.pid.remote())
+    answer = ask(shared, "waiting")
+    wait_until(lambda: begun(shared, "waiting"))
+    kill_host(shared)
     found = ray.get(answer, timeout=120)
-    assert ray.get(handle.pid.remote()) != first
+    assert ray.get(shared.pid.remote()) != first
     assert tokens(found) == undisturbed
-    balance = ray.get(handle.balance.remote())
-    assert (balance.begun, balance.delivered, balance.in_flight) == (9, 9, 0)
+    count = ray.get(shared.cohorts.remote())["waiting"]
+    assert (count.size, count.gone) == (9, 0)
+    assert ray.get(shared.balance.remote()).holds
 
 
-def test_a_worker_of_the_host_may_die(host: Callable[..., Any], undisturbed: list[list[int]]) -> None:
-    handle = host(workers=2)
-    answer = ask(handle)
-    wait_until(lambda: ray.get(handle.balance.remote()).begun > 0)
-    for pid in ray.get(handle.worker_pids.remote()).values():
+def test_a_worker_of_the_host_may_die(shared: Any, undisturbed: list[list[int]]) -> None:
+    answer = ask(shared, "workers")
+    wait_until(lambda: begun(shared, "workers"))
+    for pid in ray.get(shared.worker_pids.remote()).values():
         os.kill(pid, signal.SIGKILL)
     found = ray.get(answer, timeout=120)
     assert tokens(found) == undisturbed
@@ -75,78 +83,82 @@ def test_a_worker_of_the_host_may_die(host: Callable[..., Any], undisturbed: lis
 
 
 @pytest.mark.parametrize("kill", ["while it gathers", "while it samples", "when all are told"])
-def test_callers_that_join_are_one_cohort(host: Callable[..., Any], undisturbed: list[list[int]], kill: str) -> None:
+def test_callers_that_join_are_one_cohort(shared: Any, undisturbed: list[list[int]], kill: str) -> None:
     """Each asks for its own; those who have their answer do not ask again, and the others get theirs all the same."""
-    handle = host()
+    size = len(PROMPTS) * GROUP
     if kill == "while it gathers":
-        waiting = join_all(handle)[:-1]
-        assert ray.get(handle.balance.remote()).begun == 0
-        kill_host(handle)
-        last = join_all(handle)[-1]
-        found = ray.get([*waiting, last], timeout=120)
+        waiting = [join(shared, kill, i) for i in range(size - 1)]
+        assert not begun(shared, kill)
+        kill_host(shared)
+        found = ray.get([*waiting, join(shared, kill, size - 1)], timeout=120)
     else:
-        waiting = join_all(handle)
-        done, others = ray.wait(waiting, num_returns=1 if kill == "while it samples" else 9, timeout=120)
-        kill_host(handle)
+        waiting = [join(shared, kill, i) for i in range(size)]
+        told = 1 if kill == "while it samples" else size
+        done, others = ray.wait(waiting, num_returns=told, timeout=120)
+        kill_host(shared)
         found = ray.get([*done, *others], timeout=120)
-        found += ray.get(join_all(handle)[4:5], timeout=120)
-        found.pop()
+        # One whose answer got lost asks alone, after all others have theirs.
+        assert ray.get(join(shared, kill, 4), timeout=120).tokens.tolist() == undisturbed[4]
     assert tokens(found) == undisturbed
     assert len({r.group for r in found}) == 3
-    assert ray.get(handle.cohorts.remote())["c"].size == 9
+    assert ray.get(shared.cohorts.remote())[kill].size == size
 
 
-def test_joining_with_something_else_is_refused_and_nobody_waits_for_ever(host: Callable[..., Any]) -> None:
-    handle = host()
-    waiting = join_all(handle)[:4]
+def test_joining_with_something_else_is_refused_and_nobody_waits_for_ever(shared: Any) -> None:
+    waiting = [join(shared, "other", i) for i in range(4)]
+    # The calls of one caller may overtake one another, so it is asked until they wait.
+    time.sleep(0.5)
     with pytest.raises(CohortMismatch, match="another prompt or other parameters"):
-        ray.get(handle.join.remote("c", 4, 9, [1, 7], SAMPLING, group_size=3, seed=4), timeout=60)
+        ray.get(join(shared, "other", 4, prompt=[1, 7], seed=4), timeout=60)
     for ref in waiting:
         with pytest.raises(CohortMismatch):
             ray.get(ref, timeout=60)
-    found = ray.get(join_all(handle), timeout=120)
+    with pytest.raises(CohortMismatch):  # one of a group has another prompt, which shows when all are named
+        ray.get([join(shared, "other", i, **({"prompt": [1, 7]} if i == 4 else {})) for i in range(9)], timeout=60)
+    found = ray.get([join(shared, "other", i) for i in range(9)], timeout=120)
     with pytest.raises(CohortMismatch):  # the same place in the log, another prompt
-        ray.get(handle.join.remote("c", 4, 9, [1, 7], SAMPLING, group_size=3, seed=3), timeout=60)
+        ray.get(join(shared, "other", 4, prompt=[1, 7]), timeout=60)
     ids = [r.id for r in found]
     for _ in range(2):  # the second call finds them gone
-        ray.get(handle.consumed.remote(ids[:5], epoch=0, step=1))
-    assert ray.get(handle.cohorts.remote())["c"].gone == 5
+        ray.get(shared.consumed.remote(ids[:5], epoch=0, step=1))
+    assert ray.get(shared.cohorts.remote())["other"].gone == 5
     with pytest.raises(CheckpointMismatch, match="5 of the 9"):
-        ray.get(handle.join.remote("c", 0, 9, PROMPTS[0], SAMPLING, group_size=3, seed=3), timeout=60)
-    ray.get(handle.release.remote(ids))
-    assert ray.get(handle.balance.remote()).released == 9
+        ray.get(join(shared, "other", 0), timeout=60)
+    with pytest.raises(BadInput, match="no member 0, or it was consumed"):
+        ray.get(shared.rollout.remote("other", 0), timeout=60)
+    ray.get(shared.release.remote(ids))
+    assert ray.get(shared.cohorts.remote())["other"].gone == 9
 
 
-def test_a_host_is_found_by_name_and_outlives_nobody_it_should_not(
-    host: Callable[..., Any], undisturbed: list[list[int]]
-) -> None:
+def test_a_host_is_found_by_name(shared: Any, undisturbed: list[list[int]]) -> None:
     with pytest.raises(BadInput, match="no rollout host is called 'nobody'"):
         get_host("nobody")
-    handle = host(name="by-name")
-    assert ray.get(get_host("by-name").pid.remote()) == ray.get(handle.pid.remote())
+    assert ray.get(get_host("shared").pid.remote()) == ray.get(shared.pid.remote())
 
     @ray.remote(num_cpus=0.1)
     def elsewhere() -> list[FinishedRollout]:
-        found: list[FinishedRollout] = ray.get(ask(get_host("by-name")))
+        found: list[FinishedRollout] = ray.get(ask(get_host("shared"), "elsewhere"))
         return found
 
     assert tokens(ray.get(elsewhere.remote(), timeout=120)) == undisturbed
-    stop(handle)
-    again = host(name="by-name-2")  # the same logs, in good order
-    assert tokens(ray.get(ask(again), timeout=120)) == undisturbed
 
 
-def test_weights_change_once_however_often_it_is_asked(host: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+def test_weights_change_once_however_often_it_is_asked(
+    make_host: Callable[..., Any], shared: Any, model: Path, undisturbed: list[list[int]]
+) -> None:
+    """The last to use the logs of the shared host: another host goes on with them, where the first has ended."""
     from safetensors.torch import load_file
 
+    stop(shared)
+    handle = make_host("successor")
+    assert tokens(ray.get(ask(handle, "elsewhere"), timeout=120)) == undisturbed
     weights = load_file(str(model / "model.safetensors"))
-    handle = host()
     assert ray.get(handle.update_weights.remote(dict(weights), label=0)) == 0  # what is in force already
     name = next(n for n in weights if n.endswith("layers.0.mlp.down_proj.weight"))
     changed = {**weights, name: weights[name] + 0.25}
     assert ray.get(handle.update_weights.remote(changed, label=10)) == 1
     kill_host(handle)
     assert ray.get(handle.update_weights.remote(changed, label=10), timeout=120) == 1
-    found = ray.get(ask(handle), timeout=120)
+    found = ray.get(ask(handle, "new"), timeout=120)
     assert {int(v) for r in found for v in r.output.version_T} == {1}
     assert ray.get(handle.labels.remote()) == {1: 10}
