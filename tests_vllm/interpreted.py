@@ -22,16 +22,3 @@ class _Driver:
 
 
 triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=_Driver)
-
-
-def schedule_asynchronously() -> None:
-    """As vLLM does on a GPU: the next step is computed before this one's outputs are handed out."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: object) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True  # type: ignore[attr-defined]
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

@@ -56,7 +56,7 @@ async def ask(server: Any, tools: SimpleNamespace, act: Callable[[], None] | Non
     asking = asyncio.gather(*(tools.stream(server.url, body(i), heard[i]) for i in range(len(PROMPTS))))
     if act is not None:
         while sum(len(h.tokens) for h in heard) < after and not asking.done():
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
         act()
     await asking
     return heard
