@@ -2,6 +2,7 @@
 
     {"load": ...} ─▶ ready | broken        {"id", "tokens", "ask"} ─▶ {"id", "arrays" | "error"}
     {"drop": ids}                          {"head": True} ─▶ head, pieces of it, end
+    {"clean": True}: when nothing runs
 
 An exception while the engine computes ends the process: what an engine is worth after one is unknown. The server
 starts another.
@@ -43,6 +44,10 @@ class Runner(Protocol):
         ...
 
     def drop(self, items: list[int]) -> None: ...
+
+    def clean(self) -> None:
+        """Forget all KV, and what is in its memory: zero times a NaN that an item left there is a NaN in the next."""
+        ...
 
     def step(self) -> list[tuple[int, Message]]:
         """One step of the engine; items that it finished, each with `rows.Rows.outcome`."""
@@ -90,6 +95,8 @@ def _serve(channel: Channel) -> int:
                 _send_head(channel, runner)
             elif "drop" in message:
                 runner.drop(message["drop"])
+            elif "clean" in message:
+                runner.clean()
             else:
                 try:
                     runner.add(message["id"], message["tokens"], message["ask"])

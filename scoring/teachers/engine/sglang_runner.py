@@ -182,9 +182,20 @@ class SglangRunner:
             self._scheduler.abort_request(AbortReq(rid=rid))
         self._scheduler.ended_by_itself()
 
+    def clean(self) -> None:
+        self._scheduler.turn()  # in which it takes leave of the last batch
+        if self.unfinished or not self._scheduler.flush_cache():
+            raise RuntimeError("SGLang does not let go of its radix cache")  # zeros would be taken for KV
+        pool = self._scheduler.token_to_kv_pool_allocator.get_kvcache()
+        for name in ("k_buffer", "v_buffer", "kv_buffer"):
+            for buffer in getattr(pool, name, ()):
+                buffer.zero_()
+
     def step(self) -> list[tuple[int, Message]]:
         ended = [req.rid for req in self._scheduler.turn() if req.finished() and req.rid in self._item_of]
         done = [(self._item_of.pop(rid), _asked.rows.pop(rid).outcome()) for rid in ended]
+        # The radix cache is kept from what is to be scored, so nothing has to be read again.
+        done = [(i, {"error": "SGLang skipped positions"} if "again" in outcome else outcome) for i, outcome in done]
         for abort in self._scheduler.ended_by_itself():
             if (rid := str(abort.rid)) in self._item_of:
                 del _asked.rows[rid]

@@ -182,13 +182,15 @@ class EngineTeacher:
     """A model that an engine's process holds. See `Teacher`.
 
     An engine that dies is started anew, with the same checkpoint or not at all, and what it had not answered is asked
-    again, one item at a time: whichever kills it then fails, and no other.
+    again, one item at a time: whichever kills it then fails, and no other. An item that comes to NaN is asked again
+    too, alone and with a clean KV cache: engines reuse its memory, and what another item left there may be to blame.
     """
 
     def __init__(self, info: TeacherInfo, start: Callable[[], EngineProcess], token_budget: int) -> None:
         self.info, self._start, self._window = info, start, 4 * token_budget
         self._process = start()
         self._serial = 0
+        self._clean = True
 
     @property
     def pid(self) -> int:
@@ -242,13 +244,22 @@ class EngineTeacher:
                     if not _rows_of(items[i]):  # nothing comes before its only token
                         yield i, self._scores(items[i], None)
                         continue
+                    if not running and (i in doubted or not self._clean):
+                        self._process.send({"clean": True})
+                        self._clean = True
                     self._serial += 1
                     running[self._serial] = i
                     self._process.send(_message(self._serial, items[i]))
                 for message in self._process.receive() if running else ():
                     at = running.pop(message.get("id", -1), None)
-                    if at is not None:
-                        yield at, self._outcome(items[at], message)
+                    if at is None:
+                        continue
+                    self._clean &= "arrays" in message
+                    if "arrays" not in message and at not in doubted:
+                        doubted.add(at)
+                        waiting.appendleft(at)
+                        continue
+                    yield at, self._outcome(items[at], message)
         finally:
             if running and self._process.alive:  # nobody reads on
                 self._process.send({"drop": list(running)})

@@ -30,6 +30,7 @@ HOOKS: Final = (
     Hook(f"{_CLIENT}.get_output", ("self",)),
     Hook(f"{_CLIENT}.add_request", ("self", "request")),
     Hook(f"{_CLIENT}.abort_requests", ("self", "request_ids")),
+    Hook(f"{_CLIENT}.reset_prefix_cache", ("self",)),
     Hook(f"{_CLIENT}.collective_rpc", ("self", "method", "timeout", "args", "kwargs")),
 )
 
@@ -107,6 +108,11 @@ class VllmRunner:
             self._core.abort_requests(names)
             self._core.collective_rpc("scoring_take", args=(names,))
 
+    def clean(self) -> None:
+        if self.unfinished or not self._core.reset_prefix_cache():
+            raise RuntimeError("vLLM does not let go of its prefix cache")  # zeros would be taken for KV
+        self._core.collective_rpc("scoring_clean")
+
     def step(self) -> list[tuple[int, Message]]:
         outputs = self._core.get_output().outputs
         ended = [o.request_id for o in outputs if o.finish_reason is not None and o.request_id in self._item_of]
@@ -146,6 +152,9 @@ class WorkerExtension:
         rows = [self._scoring.pop(name, None) for name in names]
         return [nothing if r is None else r.outcome() for r in rows]
 
+    def scoring_clean(self) -> None:
+        _zero(self.model_runner.kv_caches)
+
     def scoring_head(self) -> Any:
         return head_pieces(self._logits_of, self._vocabulary, self._a_row())
 
@@ -172,3 +181,10 @@ class WorkerExtension:
 
         model = self.model_runner.model_config
         return torch.zeros(1, model.get_hidden_size(), dtype=model.dtype, device=self.model_runner.device)
+
+
+def _zero(caches: Any) -> None:
+    for cache in caches if isinstance(caches, (list, tuple)) else ():
+        _zero(cache)
+    if hasattr(caches, "zero_"):
+        caches.zero_()
