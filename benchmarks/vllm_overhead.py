@@ -139,9 +139,9 @@ def share(bench: Bench, requests: int, steps: int) -> dict[str, float]:
 def block(bench: Bench, logged: bool) -> float:
     """Seconds of BLOCK steps of the running batch, the wait for the last sync included."""
     scheduler = bench.core.engine_core.scheduler
-    members = scheduler._members
+    rollouts = scheduler._rollouts
     if not logged:
-        scheduler._members = {}  # the scheduler knows of no rollout: all outputs pass, as vLLM's own would
+        scheduler._rollouts = {}  # the scheduler knows of no rollout: all outputs pass, as vLLM's own would
     start = time.perf_counter()
     for _ in range(BLOCK):
         bench.core.get_output()
@@ -149,7 +149,7 @@ def block(bench: Bench, logged: bool) -> float:
         scheduler._log.flush()
         scheduler._log.take()
     seconds = time.perf_counter() - start
-    scheduler._members = members
+    scheduler._rollouts = rollouts
     return seconds
 
 

@@ -27,7 +27,7 @@ def kills_of_trl() -> ModuleType:
     return module
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_killed_with_its_worker_it_ends_where_it_would_have(
     kills_of_trl: ModuleType, tools: SimpleNamespace, tmp_path: Path
 ) -> None:
