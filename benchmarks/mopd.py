@@ -4,8 +4,9 @@
     python -m benchmarks.mopd --arms killed,unkilled --objectives sampled --work out/bench-mopd
 
 A run of one arm, objective and seed takes minutes; those that are finished in --work are kept, so the same command goes
-on after an interruption, and what was run is what the result says. The arms of a seed share problems and noise, the
-killed ones the schedule of kills too. Intervals are Student's t at 95 % over seeds.
+on after an interruption, and what was run is what the result says. Runs are shorter than the demonstration's (_RUN).
+The arms of a seed share problems and noise, the killed ones the schedule of kills too. Intervals are Student's t at
+95 % over seeds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rollout_wal.trainers.mopd.results import summarise
 from rollout_wal.trainers.mopd.run import make_models, run_student
 from rollout_wal.trainers.mopd.tasks import DOMAINS
 
+_RUN = {"batches": 20, "trainer_kills": 1, "server_kills": 1, "evaluate_every": 5, "checkpoint_every": 5}
 _QUICK = {"batches": 4, "rollouts": 64, "token_budget": 300, "held_out": 40, "evaluate_every": 2, "trainer_kills": 1}
 _QUICK |= {"server_kills": 1, "hazard": 0.02}
 
@@ -86,8 +88,7 @@ def main() -> None:
         for objective in objectives:
             for arm in arms:
                 config = replace(StudentConfig(), arm=arm, objective=objective, seed=seed)
-                if args.quick:
-                    config = replace(config, **_QUICK)
+                config = replace(config, **(_QUICK if args.quick else _RUN))
                 console.print(f"seed {seed}, {objective}, {arm}")
                 runs.append(summarise(run_student(work, config, work / "models", console), specialists))
                 # After each: an interruption leaves the results of what was run.

@@ -12,6 +12,9 @@ OBJECTIVES: tuple[Objective, ...] = ("sampled", "full_vocabulary")
 Arm = Literal["killed", "unkilled", "restart"]
 #: restart: killed like "killed", but what was interrupted is thrown away and sampled again from scratch.
 ARMS: tuple[Arm, ...] = ("killed", "unkilled", "restart")
+#: Where the rates of both objectives begin. One token's sampled log-probability says little and is noisy; beyond this
+#: rate the student flees from all it tries, right answers included.
+_LEARNING_RATES: dict[Objective, float] = {"sampled": 3e-4, "full_vocabulary": 1e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class School:
 
     addition_steps: int = 600
     sorting_steps: int = 400
-    student_steps: int = 600
+    student_steps: int = 1200
     batch: int = 128
     seed: int = 0
 
@@ -39,6 +42,7 @@ class StudentConfig:
         batches: generation batches; each is one policy version.
         rollouts: of a batch, half of them in each domain.
         token_budget: tokens of an optimizer step; a batch makes as many steps as it takes.
+        learning_rate: where it begins, after a warm-up; None: what suits the objective.
         checkpoint_every, evaluate_every: in batches.
         held_out: problems of each domain that are evaluated.
         hazard: probability that a rollout worker is killed at an engine step.
@@ -50,16 +54,16 @@ class StudentConfig:
     objective: Objective = "sampled"
     arm: Arm = "killed"
     seed: int = 0
-    batches: int = 60
+    batches: int = 40
     rollouts: int = 512
-    token_budget: int = 700
-    learning_rate: float = 3e-4
-    checkpoint_every: int = 3
-    evaluate_every: int = 3
+    token_budget: int = 500
+    learning_rate: float | None = None
+    checkpoint_every: int = 4
+    evaluate_every: int = 4
     held_out: int = 200
     workers: int = 2
-    slots: int = 96
-    hazard: float = 0.004
+    slots: int = 256
+    hazard: float = 0.02
     trainer_kills: int = 3
     server_kills: int = 2
     teacher_token_budget: int = 4096
@@ -67,6 +71,10 @@ class StudentConfig:
     @property
     def kills(self) -> bool:
         return self.arm != "unkilled"
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or _LEARNING_RATES[self.objective]
 
 
 @dataclass(frozen=True, slots=True)

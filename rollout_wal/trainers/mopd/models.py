@@ -127,11 +127,13 @@ def accuracy(model: Any, asked: Sequence[Problem]) -> float:
         by_length.setdefault(len(problem.prompt), []).append(problem)
     for members in by_length.values():  # of one length: no padding before an answer
         ids_BL = torch.tensor([encode(p.prompt) for p in members])
-        start = ids_BL.shape[1]
+        said: list[Tensor] = []
+        past = None
         for _ in range(MAX_ANSWER_TOKENS):
-            best_B = model(input_ids=ids_BL, use_cache=False).logits[:, -1].argmax(-1)
-            ids_BL = torch.cat([ids_BL, best_B[:, None]], 1)
-        for problem, row in zip(members, ids_BL[:, start:].tolist(), strict=True):
+            out = model(input_ids=said[-1] if said else ids_BL, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            said.append(out.logits[:, -1:].argmax(-1))
+        for problem, row in zip(members, torch.cat(said, 1).tolist(), strict=True):
             solved += reward(problem, decode(row)) if EOS_ID in row else 0.0
     model.train(was)
     return solved / len(asked)
