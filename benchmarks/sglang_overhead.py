@@ -20,16 +20,16 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from ._common import save, show
+from ._common import save
+from ._overhead import make_model, options, ratio_of, share_of, show_ratios, show_shares
 
-HIDDEN, LAYERS, VOCABULARY = 512, 8, 4096
 SIZES = (16, 64)
 KINDS = ("sglang", "drawn", "logged")
 STEPS, WARM_UP = 24, 3
@@ -42,21 +42,6 @@ s.bind(sys.argv[1])
 print("listening", flush=True)
 while True: s.recv()
 """
-
-
-def make_model(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HIDDEN // 64,
-        num_key_value_heads=HIDDEN // 128,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @contextmanager
@@ -106,33 +91,55 @@ def make_scheduler(model: Path, log: Path) -> tuple[Any, str]:
 
 
 class Bench:
-    """One scheduler; `hooked_s` is the time that this package has spent in the turn so far, but for the draw."""
+    """One scheduler; `hook_s` is the time that the log has taken in the turn so far.
+
+    That is all that its hooks do in a step but the draw, without the sending itself, which SGLang would do earlier.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         from rollout_wal.engines.sglang import plugin
 
         assert plugin._state is not None
         self.scheduler, self.state = scheduler, plugin._state
-        self.log = self.state.log
-        self.hooked_s = 0.0
+        self.log, self.outputs = self.state.log, self.state._outputs
+        self.held = scheduler.ipc_channels
+        self.plain = replace(
+            self.held,
+            send_to_tokenizer=self.held.send_to_tokenizer._sender,
+            send_to_detokenizer=self.held.send_to_detokenizer._sender,
+        )
+        self.hook_s = 0.0
         self._serial = 0
-        for name in ("stepped", "turn"):
-            setattr(self.state, name, self._timed(getattr(self.state, name)))
+        self._time(self.state, "stepped", 1)
+        self._time(self.outputs, "turn", 1)
+        self._time(self.held.send_to_detokenizer, "send_output", 1)
+        self._time(self.plain.send_to_detokenizer, "send_output", -1, only_in=self.outputs)
 
-    def _timed(self, function: Any) -> Any:
-        def timed(*args: Any) -> None:
+    def _time(self, of: Any, name: str, sign: int, only_in: Any = None) -> None:
+        function = getattr(of, name)
+
+        def timed(*args: Any, **named: Any) -> None:
             start = time.perf_counter()
-            function(*args)
-            self.hooked_s += time.perf_counter() - start
+            function(*args, **named)
+            if only_in is None or self.state._outputs is only_in:
+                self.hook_s += sign * (time.perf_counter() - start)
 
-        return timed
+        setattr(of, name, timed)
 
-    def batch(self, kind: str, size: int) -> tuple[float, list[float]]:
-        """(seconds, shares): of STEPS decoding steps of a fresh batch, and this package's share of each."""
+    def _log_in_force(self, logged: bool) -> None:
+        """Without it SGLang's senders send at once, and no hook has anything to do."""
+        self.state.log = self.log if logged else None
+        self.state._outputs = self.outputs if logged else None
+        channels = self.held if logged else self.plain
+        self.scheduler.ipc_channels = channels
+        self.scheduler.output_streamer.send_to_detokenizer = channels.send_to_detokenizer
+
+    def batch(self, kind: str, size: int) -> tuple[list[float], list[float]]:
+        """Seconds of each of STEPS decoding steps of a fresh batch, and this package's in it."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        self.state.log = self.log if kind == "logged" else None
+        self._log_in_force(kind == "logged")
         for _ in range(size):
             self._serial += 1
             params = SamplingParams(
@@ -163,16 +170,16 @@ class Bench:
             self.turn()
         for _ in range(WARM_UP):
             self.turn()
-        times, shares = [], []
+        step_s, hook_s = [], []
         for _ in range(STEPS):
-            self.hooked_s, start = 0.0, time.perf_counter()
+            self.hook_s, start = 0.0, time.perf_counter()
             self.turn()
-            times.append(time.perf_counter() - start)
-            shares.append(self.hooked_s / times[-1])
+            step_s.append(time.perf_counter() - start)
+            hook_s.append(self.hook_s)
         while not self.scheduler.is_fully_idle():
             self.turn()
         self.turn()
-        return sum(times), shares
+        return step_s, hook_s
 
     @torch.no_grad()
     def turn(self) -> None:
@@ -190,37 +197,31 @@ class Bench:
 
 def measure(bench: Bench, size: int, rounds: int) -> dict[str, Any]:
     order = random.Random(size)
-    shares: list[float] = []
+    hook_s: list[float] = []
+    step_s: list[float] = []
     log_ratios, draw_ratios, rates = [], [], []
     for kind in KINDS:
         bench.batch(kind, size)
     for _ in range(rounds):
         seconds = {}
         for kind in order.sample(KINDS, len(KINDS)):
-            seconds[kind], of_each = bench.batch(kind, size)
+            steps, hooks = bench.batch(kind, size)
+            seconds[kind] = sum(steps)
             if kind == "logged":
-                shares += of_each
+                step_s += steps
+                hook_s += hooks
         log_ratios.append(seconds["drawn"] / seconds["logged"])
         draw_ratios.append(seconds["sglang"] / seconds["drawn"])
-        rates.append(size * STEPS / seconds["sglang"])
-    quartiles = statistics.quantiles(log_ratios, n=4)
-    hundredths = statistics.quantiles(shares, n=100)
+        rates.append(size * STEPS / seconds["drawn"])
     return {
-        "hook_share_p50": statistics.median(shares),
-        "hook_share_p99": hundredths[98],
-        "throughput_ratio": statistics.median(log_ratios),
-        "throughput_ratio_quartiles": [quartiles[0], quartiles[2]],
-        "draw_ratio": statistics.median(draw_ratios),
-        "tokens_per_s_sglang": statistics.median(rates),
-        "step_ms_sglang": 1e3 * size / statistics.median(rates),
-        "rounds": rounds,
+        "share": share_of(hook_s, step_s),
+        "throughput": {**ratio_of(log_ratios), "tokens_per_s_without": statistics.median(rates)},
+        "draw": ratio_of(draw_ratios),
     }
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer rounds.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the numbers to this file.")
-@click.option("--folder", type=click.Path(path_type=Path), default=None, help="Where the log is; a disk, not a tmpfs.")
+@options
 def main(quick: bool, path: Path | None, folder: Path | None) -> None:
     """The plug-in's share of an SGLang step, and tokens/s with the log over without it, in interleaved batches."""
     torch.set_num_threads(1)
@@ -229,28 +230,19 @@ def main(quick: bool, path: Path | None, folder: Path | None) -> None:
         with listener(address):
             bench = Bench(scheduler)
             results = {size: measure(bench, size, ROUNDS // (5 if quick else 1)) for size in SIZES}
-    show(
-        "SGLang with the log, over the same without it",
-        ["requests", "hook share p50", "p99", "throughput ratio", "quartiles", "draw ratio", "step ms"],
-        [
-            [
-                size,
-                f"{r['hook_share_p50']:.2%}",
-                f"{r['hook_share_p99']:.2%}",
-                f"{r['throughput_ratio']:.3f}",
-                "–".join(f"{q:.3f}" for q in r["throughput_ratio_quartiles"]),
-                f"{r['draw_ratio']:.3f}",
-                f"{r['step_ms_sglang']:.1f}",
-            ]
-            for size, r in results.items()
-        ],
+    show_shares(
+        "The log's share of a step of SGLang's scheduler, outputs held until durable",
+        {size: r["share"] for size, r in results.items()},
     )
+    show_ratios("Tokens/s with the log over without", {size: r["throughput"] for size, r in results.items()})
+    print("The project's draw in place of SGLang's sampler, tokens/s:", end=" ")
+    print(", ".join(f"{r['draw']['ratio']:.3f} at {size}" for size, r in results.items()))
     save(
         path,
         {
-            "hook_share_p50_16": results[16]["hook_share_p50"],
-            "hook_share_p50_64": results[64]["hook_share_p50"],
-            "throughput_ratio": results[64]["throughput_ratio"],
+            "hook_share_p50_16": results[16]["share"]["p50"],
+            "hook_share_p50_64": results[64]["share"]["p50"],
+            "throughput_ratio": results[16]["throughput"]["ratio"],
             "sizes": {str(size): r for size, r in results.items()},
         },
         quick=quick,

@@ -1,4 +1,4 @@
-"""One SGLang engine for all tests of a process, a tiny model, and the plain sampler that all is compared with.
+"""One SGLang engine for all tests of a process, a tiny model, and servers to be asked and killed.
 
 Run with the interpreter of .venv-sglang (scripts/install_sglang.sh). SGLang keeps its configuration in globals, so
 there is one embedded engine per process; servers and workers are processes of their own.
@@ -7,33 +7,29 @@ there is one embedded engine per process; servers and workers are processes of t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
+import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("ROLLOUT_WAL_SGLANG_LOG", None)  # each server has its own
 
-import numpy as np
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from rollout_wal.engines.base import Request
-from rollout_wal.params import SamplingParams
+from rollout_wal.testing.engine_suite import drive, request_of, wait_until
 from rollout_wal.testing.tiny_models import make_tiny_model
 
+HERE = Path(__file__).parent
 #: Small enough that long prompts are prefilled in chunks, requests wait, and the KV cache runs out.
 OPTIONS: dict[str, Any] = {
     "max_batch": 8,
@@ -43,62 +39,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="random kills in the kill tests")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # SGLang and what it imports warn about the absence of GPUs and about themselves; nothing a caller can act on.
-    for line in (
-        "ignore::UserWarning",
-        "ignore::DeprecationWarning",
-        "ignore::FutureWarning",
-        "ignore::ResourceWarning",
-    ):
-        config.addinivalue_line("filterwarnings", line)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each process takes many seconds to import SGLang, and there are as many as there are kills."""
-    limit = 300 + 60 * int(config.getoption("--kills"))
-    for item in items:
-        item.add_marker(pytest.mark.timeout(limit))
-
-
-@pytest.fixture(scope="session")
-def kills(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--kills"))
-
-
-@pytest.fixture(scope="session")
-def oracle() -> ModuleType:
-    """The independent sampler and the unbatched run of the embedded engine's tests: one oracle for all engines."""
-    path = Path(__file__).parents[1] / "tests" / "engines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("engines_oracle", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+pytest_plugins = ["rollout_wal.testing.engine_suite"]
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), mean_length=60.0)
-
-
-@pytest.fixture(scope="session")
-def successor(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model after an optimizer step: all its weights are a little different."""
-    folder = tmp_path_factory.mktemp("models") / "successor"
-    shutil.copytree(model, folder)
-    generator = torch.Generator().manual_seed(1)
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        tensors[name] = tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -108,76 +54,40 @@ def engine(model: Path) -> Any:
     return SglangEngine.from_folder(model, **OPTIONS)
 
 
-Row = tuple[int, float, float, int]
-"""token, logprob, sampling logprob, finish"""
+@pytest.fixture(scope="session")
+def tools() -> SimpleNamespace:
+    """What test modules share: they cannot import one another."""
+    return SimpleNamespace(request_of=request_of, drive=drive, wait_until=wait_until, OPTIONS=OPTIONS)
 
 
-def request_of(
-    slot: int,
-    prompt: Sequence[int],
-    sampling: SamplingParams,
-    *,
-    prefix: Sequence[int] = (),
-    sampled: Sequence[bool] | None = None,
-    noise_key: int = 0,
-) -> Request:
-    flags = np.ones(len(prefix), bool) if sampled is None else np.asarray(sampled, bool)
-    return Request(slot, np.asarray(prompt, np.int32), np.asarray(prefix, np.int32), flags, sampling, noise_key)
-
-
-def drive(engine: Any, requests: Sequence[Request]) -> dict[int, list[Row]]:
-    """Run requests to their ends; the rows of each slot."""
-    rows: dict[int, list[Row]] = {r.slot: [] for r in requests}
-    for r in requests:
-        engine.add(r)
-    while engine.unfinished:
-        out = engine.step()
-        for slot, *row in zip(
-            out.slot_N.tolist(),
-            out.token_N.tolist(),
-            out.logprob_N.tolist(),
-            out.sampling_logprob_N.tolist(),
-            out.finish_N.tolist(),
-            strict=True,
-        ):
-            rows[slot].append(tuple(row))
-    return rows
+#: Imported once, by the process that servers are forked from.
+PRELOADED = (
+    "sglang.srt.entrypoints.engine",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.models.registry",
+)
 
 
 @pytest.fixture(scope="session")
-def tools() -> Any:
-    """`request_of` and `drive`: test modules here cannot import one another."""
-
-    class Tools:
-        pass
-
-    for function in (request_of, drive, wait_until):
-        setattr(Tools, function.__name__, staticmethod(function))
-    Tools.OPTIONS = OPTIONS  # type: ignore[attr-defined]
-    return Tools
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 150.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def nursery() -> Any:
+    """Makes processes that have imported SGLang already: `nursery.Process(target=..., args=...)`."""
+    if str(HERE) not in sys.path:
+        sys.path.append(str(HERE))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 class Server:
     """`serve.py` in a process group of its own."""
 
-    def __init__(self, model: Path, log: Path | None, errors: Path, **options: Any) -> None:
+    def __init__(
+        self, nursery: Any, model: Path, log: Path | None, errors: Path, *, spawn: bool = False, **options: Any
+    ) -> None:
+        import serve
+
         self.log = log
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        env.pop("ROLLOUT_WAL_SGLANG_LOG", None)
-        if log is not None:
-            env["ROLLOUT_WAL_SGLANG_LOG"] = str(log)
         given = {
             "model_path": str(model),
             "dtype": "float32",
@@ -187,38 +97,35 @@ class Server:
             "disable_overlap_schedule": True,
             **options,
         }
+        variables = {"ROLLOUT_WAL_SGLANG_LOG": str(log)} if log is not None else {}
         self._errors = errors
-        with errors.open("ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("serve.py")), json.dumps(given)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=env,
-                start_new_session=True,
-            )
+        theirs_in, self._orders = nursery.Pipe(duplex=False)
+        self._events, theirs_out = nursery.Pipe(duplex=False)
+        self.process = nursery.Process(target=serve.run, args=(theirs_in, theirs_out, given, variables, errors, spawn))
+        self.process.start()
+        theirs_in.close()
+        theirs_out.close()
         self.events: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.pids: dict[str, int] = {}
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"event"') and line.endswith("\n"):
-                self.events.append(json.loads(line))
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.events.append(json.loads(self._events.recv_bytes()))
+
+    def _over(self) -> bool:
+        return self.process.exitcode is not None
 
     def wait_ready(self) -> Server:
-        wait_until(lambda: bool(self.events) or self.process.poll() is not None, 280)
+        wait_until(lambda: bool(self.events) or self._over(), 280)
         assert self.events, self._errors.read_text()[-4000:]
         self.pids = self.events[0]["pids"]
         return self
 
     def order(self, **order: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+        self._orders.send_bytes(json.dumps(order).encode())
 
     def generate(
         self, name: str, prompt: Sequence[int], *, rollout: Any = None, stream: bool = False, **params: Any
@@ -234,10 +141,10 @@ class Server:
 
     def ended(self, name: str, timeout_s: float = 150.0) -> dict[str, Any]:
         wait_until(
-            lambda: bool(self.of("ended", name) or self.of("refused", name)) or self.process.poll() is not None,
+            lambda: bool(self.of("ended", name) or self.of("refused", name)) or self._over(),
             timeout_s,
         )
-        assert self.process.poll() is None, self._errors.read_text()[-4000:]
+        assert not self._over(), self._errors.read_text()[-4000:]
         events = self.of("ended", name) or self.of("refused", name)
         return dict(events[-1].get("output") or {"error": events[-1]["error"]})
 
@@ -245,15 +152,15 @@ class Server:
         def found() -> list[dict[str, Any]]:
             return [e for e in self.events if e["event"] == "done" and e["do"] == what]
 
-        wait_until(lambda: len(found()) >= count or self.process.poll() is not None)
-        assert self.process.poll() is None, self._errors.read_text()[-4000:]
+        wait_until(lambda: len(found()) >= count or self._over())
+        assert not self._over(), self._errors.read_text()[-4000:]
         return found()[count - 1]
 
     def end(self) -> None:
         """Everything of it is gone when this returns."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.join()
         self._reader.join(10.0)
 
         def alive(pid: int) -> bool:
@@ -263,13 +170,13 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+def server_of(nursery: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """(log, **options) -> a server that is starting; all of them are ended with the session."""
     servers: list[Server] = []
     errors = tmp_path_factory.mktemp("servers") / "stderr"
 
     def make(log: Path | None, **options: Any) -> Server:
-        servers.append(Server(options.pop("model", model), log, errors, **options))
+        servers.append(Server(nursery, options.pop("model", model), log, errors, **options))
         return servers[-1]
 
     yield make

@@ -1,4 +1,4 @@
-"""An `sglang.Engine` in a process of its own, told what to do in lines of JSON; to be asked, and to be killed.
+"""An `sglang.Engine` in a process of its own, told what to do by lines of JSON; to be asked, and to be killed.
 
 In:  {"do": "generate", "id": ..., "input_ids": [...], "params": {...}, "stream": true}
      {"do": "abort", "id": ...} | {"do": "pause", "mode": ...} | {"do": "continue"}
@@ -6,24 +6,29 @@ In:  {"do": "generate", "id": ..., "input_ids": [...], "params": {...}, "stream"
 Out: {"event": "ready", "pids": {...}} | {"event": "shown", "id": ..., "count": ..., "output": {...}}
      {"event": "ended", "id": ..., "output": {...}} | {"event": "refused", "id": ..., "error": ...}
      {"event": "done", "do": ...}
+
+Its process is forked from one that has imported SGLang. With `spawn` SGLang starts its own processes as it does for
+everybody: each a new interpreter, which loads the plug-in by its entry point. Else they are forks too, which are there
+many seconds earlier; a SIGKILL does to them what it does to any other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
 
-
-def tell(event: str, **more: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, **more}) + "\n")
-    sys.stdout.flush()
+Tell = Callable[..., None]
 
 
-async def serve(engine: Any) -> None:
+async def serve(engine: Any, orders: Connection, tell: Tell) -> None:
     from sglang.srt.managers.io_struct import (
         ContinueGenerationReqInput,
         PauseGenerationReqInput,
@@ -33,6 +38,11 @@ async def serve(engine: Any) -> None:
     manager = engine.tokenizer_manager
     tasks: set[asyncio.Task[None]] = set()
     loop = asyncio.get_running_loop()
+
+    def begin(work: Any) -> None:
+        task = loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def generate(order: dict[str, Any]) -> None:
         try:
@@ -51,13 +61,11 @@ async def serve(engine: Any) -> None:
         except ValueError as error:
             tell("refused", id=order["id"], error=str(error))
 
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        order = json.loads(line)
+    while True:
+        order = json.loads(await loop.run_in_executor(None, orders.recv_bytes))
         match order["do"]:
             case "generate":
-                task = loop.create_task(generate(order))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                begin(generate(order))
             case "abort":
                 manager.abort_request(order["id"])
             case "pause":
@@ -91,13 +99,39 @@ def _plain(output: dict[str, Any]) -> dict[str, Any]:
         "logprobs": [value for value, *_ in meta.get("output_token_logprobs") or []],
         "versions": meta.get("weight_versions"),
         "prompt_tokens": meta.get("prompt_tokens"),
+        "cached_tokens": meta.get("cached_tokens"),
+        "retractions": meta.get("num_retractions"),
     }
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def _alone(errors: Path) -> None:
+    """In a process group of its own, with its words in a file."""
+    os.setsid()
+    with errors.open("ab") as stderr:
+        os.dup2(stderr.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+
+
+def run(
+    orders: Connection,
+    events: Connection,
+    options: dict[str, Any],
+    variables: dict[str, str],
+    errors: Path,
+    spawn: bool,
+) -> None:
+    """What the process does. `variables`: added to its environment."""
+    _alone(errors)
+    os.environ.update(variables)
+
+    def tell(event: str, **more: Any) -> None:
+        events.send_bytes(json.dumps({"event": event, **more}).encode())
+
     import sglang
 
+    if not spawn:
+        multiprocessing.set_start_method("fork", force=True)
+        multiprocessing.set_start_method = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     engine = sglang.Engine(
         device="cpu",
         attention_backend="torch_native",
@@ -115,9 +149,17 @@ def main() -> None:
             if role in title:
                 pids[role] = child.pid
     tell("ready", pids=pids)
-    engine.loop.run_until_complete(serve(engine))
+    engine.loop.run_until_complete(serve(engine, orders, tell))
     engine.shutdown()
 
 
-if __name__ == "__main__":
-    main()
+def load(errors: Path, act: str) -> None:
+    """Do `act`, which may break SGLang, and then load its plug-ins; says how many hooks were registered."""
+    _alone(errors)
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    exec(act, {"os": os, "Scheduler": Scheduler, "HookRegistry": HookRegistry})
+    load_plugins()
+    print("hooks", sum(map(len, HookRegistry._hooks.values())), flush=True)

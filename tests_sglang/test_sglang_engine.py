@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from rollout_wal.engines.base import Engine, FinishReason
 from rollout_wal.errors import ArchitectureMismatch, BackendError, BadInput, BadPrompt, KvError
 from rollout_wal.params import SamplingParams
+from rollout_wal.testing.engine_suite import plain_run
+from rollout_wal.testing.plain_sampler import Unbatched, plain_draw
 
 SAMPLINGS = (
     SamplingParams(max_tokens=40),
@@ -50,9 +51,8 @@ def prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain(oracle: Any, model: Path) -> Any:
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    return oracle.Unbatched(reference, (reference.config.eos_token_id,))
+def plain(model: Path) -> Unbatched:
+    return plain_run(model)
 
 
 def test_it_is_an_engine(engine: Any) -> None:
@@ -94,9 +94,7 @@ def test_cut_anywhere_it_goes_on_as_if_it_had_not_been(engine: Any, tools: Any) 
             np.testing.assert_allclose([r[1:3] for r in resumed[i]], [r[1:3] for r in left], atol=2e-4)
 
 
-def test_observed_tokens_count_neither_as_output_nor_for_the_limits(
-    engine: Any, oracle: Any, plain: Any, tools: Any
-) -> None:
+def test_observed_tokens_count_neither_as_output_nor_for_the_limits(engine: Any, plain: Any, tools: Any) -> None:
     sampling = SamplingParams(max_tokens=12, min_tokens=8, frequency_penalty=1.0, presence_penalty=0.5)
     prompt, prefix = [9, 10, 11], [20, 21, 20, 22, 23]
     flags = [True, True, False, False, False]
@@ -108,7 +106,7 @@ def test_observed_tokens_count_neither_as_output_nor_for_the_limits(
     for token, *_ in rows:
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([[t for t, _ in history]])).logits[0, -1]
-        expected = oracle.plain_draw(logits.tolist(), sampling, 5, len(history), history=history, eos=plain.eos)
+        expected = plain_draw(logits.tolist(), sampling, 5, len(history), history=history, eos=plain.eos)
         assert token == expected[0]
         history.append((token, True))
         sampled += 1
@@ -116,21 +114,66 @@ def test_observed_tokens_count_neither_as_output_nor_for_the_limits(
     assert sampled == 12 or rows[-1][0] in plain.eos
 
 
-def test_retraction_under_memory_pressure_changes_nothing(engine: Any, plain: Any, tools: Any) -> None:
+@pytest.fixture(scope="module")
+def pressed(plain: Any) -> tuple[list[list[int]], SamplingParams, list[list[int]]]:
+    """Prompts that do not fit into the KV cache together, and what they are to become."""
     sampling = SamplingParams(max_tokens=150, ignore_eos=True, repetition_penalty=1.1, presence_penalty=0.3)
     given = prompts(8, 80, 120, seed=2)
+    return given, sampling, [[r[0] for r in plain.run(np.asarray(p), sampling, i)] for i, p in enumerate(given)]
+
+
+def run_pressed(engine: Any, tools: Any, pressed: Any) -> int:
+    """Returns how many tokens were prefilled, prompts included."""
+    given, sampling, expected = pressed
+    while not engine._scheduler.is_fully_idle():
+        engine.step()
+    engine._scheduler.flush_cache()
     for i, p in enumerate(given):
         engine.add(tools.request_of(i, p, sampling, noise_key=i))
     tokens: dict[int, list[int]] = {i: [] for i in range(8)}
-    retracted = 0
+    prefilled = retractions = 0
     while engine.unfinished:
         out = engine.step()
-        retracted = max(retracted, *(r.req.retraction_count for r in engine._rollouts.by_rid.values()), 0)
+        batch = engine._scheduler.last_batch
+        prefilled += batch.extend_num_tokens if batch is not None and batch.forward_mode.is_extend() else 0
+        retractions = max(retractions, *(r.req.retraction_count for r in engine._rollouts.by_rid.values()), 0)
         for slot, token in zip(out.slot_N.tolist(), out.token_N.tolist(), strict=True):
             tokens[slot].append(token)
-    assert retracted > 0, "the KV cache was large enough: this tested nothing"
-    for i, p in enumerate(given):
-        assert tokens[i] == [r[0] for r in plain.run(np.asarray(p), sampling, i)]
+    assert retractions > 0, "the KV cache was large enough: this tested nothing"
+    assert [tokens[i] for i in range(8)] == expected
+    return prefilled
+
+
+def test_retraction_under_memory_pressure_changes_nothing(engine: Any, tools: Any, pressed: Any) -> None:
+    """The KV of what was retracted is kept and put back; without that it is all computed again, to the same effect."""
+    kept = engine._retracted
+    saved, restored = kept.saved_tokens, kept.restored_tokens
+    prefilled = run_pressed(engine, tools, pressed)
+    saved, restored = kept.saved_tokens - saved, kept.restored_tokens - restored
+    assert saved > 100
+    assert not len(kept)
+    kept.clear(keeping=False)
+    try:
+        assert prefilled <= run_pressed(engine, tools, pressed) - saved // 2
+    finally:
+        kept.clear()
+    assert restored >= saved // 2
+
+
+def test_kept_kv_is_what_the_retracted_go_on_with(
+    engine: Any, tools: Any, pressed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong KV does harm: it is really used."""
+    save = engine._retracted._kv.save
+
+    def wrong(req: Any) -> Any:
+        kv = save(req)
+        return replace(kv, parts=tuple(np.zeros_like(part) for part in kv.parts))
+
+    monkeypatch.setattr(engine._retracted._kv, "save", wrong)
+    with pytest.raises(AssertionError, match="=="):
+        run_pressed(engine, tools, pressed)
+    engine._scheduler.flush_cache()
 
 
 def test_it_stops_at_the_end_of_the_context(engine: Any, tools: Any) -> None:
@@ -305,11 +348,12 @@ def test_saved_kv_is_used_and_says_what_a_prefill_says(engine: Any, tools: Any) 
     assert kv.token_T.tolist() == (prompt + tokens)[:99]
     assert engine.save_kv(7) is None
 
-    def resume(saved: Any) -> tuple[list[int], int]:
+    def resume(saved: Any, *, beside: bool = False) -> tuple[list[int], int]:
         for _ in range(3):
             engine.abort(0)
             engine.step()
-        engine._scheduler.flush_cache()
+        if not beside:
+            engine._scheduler.flush_cache()
         request = tools.request_of(0, prompt, sampling, prefix=tokens, noise_key=1)
         if saved is None:
             engine.add(request)
@@ -325,6 +369,11 @@ def test_saved_kv_is_used_and_says_what_a_prefill_says(engine: Any, tools: Any) 
     expected = [r[0] for r in whole[30:]]
     assert resume(None) == (expected, 0)
     assert resume(kv) == (expected, 99)
+    # Beside what the cache has already: no row is anybody's twice (SGLang counts them when it is idle).
+    assert resume(kv, beside=True) == (expected, 99)
+    engine.step()
+    engine.step()
+    engine._scheduler.on_idle()
     # Wrong KV does harm: it is really used.
     wrong = replace(kv, parts=tuple(np.zeros_like(part) for part in kv.parts))
     assert resume(wrong)[0] != expected

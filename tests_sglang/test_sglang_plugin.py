@@ -18,10 +18,17 @@ from rollout_wal.params import SamplingParams
 
 @pytest.fixture(scope="module")
 def server(server_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    # Overlapped, as on a GPU: each step is drawn before the one before it is appended.
-    running = server_of(tmp_path_factory.mktemp("plugin") / "wal", disable_overlap_schedule=False).wait_ready()
+    # Overlapped, as on a GPU: each step is drawn before the one before it is appended. SGLang starts its processes
+    # itself, each of which loads the plug-in.
+    running = server_of(
+        tmp_path_factory.mktemp("plugin") / "wal", spawn=True, disable_overlap_schedule=False, **PRESSED
+    ).wait_ready()
     yield running
     running.end()
+
+
+#: So that requests are admitted for whose output there is no memory.
+PRESSED = {"max_total_tokens": 1536, "schedule_conservativeness": 0.05}
 
 
 def logged(server: Any, rollout: int) -> Logged:
@@ -168,6 +175,54 @@ def test_what_cannot_be_honoured_is_refused(server: Any, params: dict[str, Any],
     server.generate(name, prompt_of(65), **params)
     out = server.ended(name)
     assert words in (out.get("error") or out["finish"]["message"])
+
+
+def test_retraction_under_memory_pressure_changes_nothing(server: Any, engine: Any, tools: Any) -> None:
+    prompts, length = [prompt_of(80 + i) for i in range(8)], 300
+    sampling = SamplingParams(max_tokens=length, ignore_eos=True, presence_penalty=0.3)
+    requests = [tools.request_of(i, p, sampling, noise_key=i) for i, p in enumerate(prompts)]
+    for i, prompt in enumerate(prompts):
+        extra = {"rollout": 500 + i, "rollout_key": i}
+        params = {"max_new_tokens": length, "ignore_eos": True, "presence_penalty": 0.3}
+        server.generate(f"pressed{i}", prompt, custom_params=extra, **params)
+    expected = tools.drive(engine, requests)
+    outputs = [server.ended(f"pressed{i}") for i in range(8)]
+    assert sum(out["retractions"] for out in outputs) > 0, "the KV cache was large enough: this tested nothing"
+    for i, out in enumerate(outputs):
+        kept = logged(server, 500 + i)
+        assert out["tokens"] == kept.token_T.tolist() == [r[0] for r in expected[i]]
+        np.testing.assert_allclose(out["logprobs"], [r[1] for r in expected[i]], atol=2e-4)
+        assert kept.attempts == 1
+
+
+def test_a_pause_that_aborts_interrupts_and_the_same_requests_go_on(server: Any, engine: Any, tools: Any) -> None:
+    prompts, length = [prompt_of(90 + i) for i in range(3)], 200
+    sampling = SamplingParams(max_tokens=length, ignore_eos=True)
+    expected = tools.drive(engine, [tools.request_of(i, p, sampling, noise_key=i) for i, p in enumerate(prompts)])
+    params = {"max_new_tokens": length, "ignore_eos": True}
+
+    def ask(name: str) -> None:
+        for i, prompt in enumerate(prompts):
+            extra = {"rollout": 520 + i, "rollout_key": i}
+            server.generate(f"{name}{i}", prompt, custom_params=extra, stream=True, **params)
+
+    ask("cut")
+    tools.wait_until(lambda: all(len(server.of("shown", f"cut{i}")) > 10 for i in range(3)))
+    pauses = sum(e["event"] == "done" and e["do"] == "pause" for e in server.events)
+    server.order(do="pause", mode="abort")
+    server.told("pause", pauses + 1)
+    for i in range(3):
+        cut, kept = server.ended(f"cut{i}"), logged(server, 520 + i)
+        assert cut["finish"]["type"] == "abort"
+        assert kept.finish is FinishReason.RUNNING
+        assert cut["tokens"] == kept.token_T.tolist()[: len(cut["tokens"])]
+    server.order(do="continue")
+    ask("on")
+    for i in range(3):
+        assert (
+            server.ended(f"on{i}")["tokens"] == [r[0] for r in expected[i]] == logged(server, 520 + i).token_T.tolist()
+        )
+        assert logged(server, 520 + i).attempts == 2
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])

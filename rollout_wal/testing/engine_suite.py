@@ -4,6 +4,7 @@
 
 Such a suite runs with the interpreter of an environment that has the engine, from a folder of its own. It says which
 `model` the tests use; the tools are imported from here. Imports nothing heavy before a test asks for it.
+(PYTEST_DONT_REWRITE: a conftest may import the tools before pytest reads its `pytest_plugins`.)
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from ..common.checkpoint import Checkpoint, same_architecture, same_shapes
 from ..common.identity import weights_digest
 from . import hooks, versions
 from .info import info_of
+from .retraction import RETRACTION, RetractedKv
 from .rollouts import Rollout, Rollouts
 
 versions.check()
@@ -36,20 +37,24 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
     TokenizedGenerateReqInput,
     UpdateWeightFromDiskReqInput,
 )
-from sglang.srt.runtime_context import SpawnRanks, publish  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams  # noqa: E402
-from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
 from .kv import SchedulerKv  # noqa: E402
 from .scheduler import RELIED_ON, EmbeddedScheduler  # noqa: E402
-
-_CPU = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "mem_fraction_static": 0.1}
+from .start import refuse_arguments, start_scheduler  # noqa: E402
 
 
 class SglangEngine:
     """See `Engine` for the contract. Build it with `from_folder`; one per process."""
 
-    def __init__(self, scheduler: EmbeddedScheduler, folder: Path, max_batch: int, policy_version: int) -> None:
+    def __init__(
+        self,
+        scheduler: EmbeddedScheduler,
+        folder: Path,
+        max_batch: int,
+        policy_version: int,
+        retracted_kv_bytes: int,
+    ) -> None:
         self._scheduler = scheduler
         self._folder = folder
         self._shapes = Checkpoint(folder).shapes()
@@ -57,8 +62,10 @@ class SglangEngine:
         self._max_batch = max_batch
         self._waiting: deque[tuple[Request, KvArrays | None]] = deque()
         self._kv: SchedulerKv | None = None
+        self._retracted = RetractedKv(scheduler, retracted_kv_bytes)
         self._rid_of: dict[int, str] = {}
         self._serial = 0
+        self._ran = False
         runner = scheduler.tp_worker.model_runner
         self._model = runner.model
         self._info = info_of(scheduler, folder, self._digest())
@@ -76,6 +83,7 @@ class SglangEngine:
         prefill_chunk: int = 2048,
         kv_tokens: int = 32768,
         policy_version: int = 0,
+        retracted_kv_bytes: int = 1 << 30,
         server_args: Mapping[str, Any] | None = None,
     ) -> SglangEngine:
         """Load a local model folder; nothing is downloaded.
@@ -85,11 +93,12 @@ class SglangEngine:
             max_batch: requests that run at once; more wait in order of arrival.
             prefill_chunk: tokens of a prefill that one step computes at most.
             kv_tokens: size of the KV cache. SGLang retracts requests that no longer fit, and resumes them later.
+            retracted_kv_bytes: of host memory, for the KV of retracted requests; beyond that they are prefilled again.
             server_args: any other fields of SGLang's ServerArgs.
 
         Raises:
             UnsupportedEngine, HookMoved: another SGLang than the one that this was made for.
-            BadInput: no such model, or `server_args` that change what is drawn (see `_refuse`).
+            BadInput: no such model, or `server_args` that change what is drawn (see `refuse_arguments`).
         """
         versions.check()
         folder = Path(folder)
@@ -101,32 +110,21 @@ class SglangEngine:
                     remedy="Pass a folder written by save_pretrained; nothing is downloaded",
                 )
             )
-        more = dict(server_args or {})
-        _refuse(more)
-        hooks.install(hooks.SAMPLING, RELIED_ON)
+        refuse_arguments(server_args or {})
+        hooks.install((*hooks.SAMPLING, *RETRACTION), RELIED_ON)
         logging.getLogger("sglang").setLevel(logging.WARNING)
-        args = ServerArgs(
-            **{
+        scheduler = start_scheduler(
+            {
                 "model_path": str(folder),
                 "device": device,
                 "dtype": dtype,
-                "skip_tokenizer_init": True,
                 "max_running_requests": max_batch,
                 "chunked_prefill_size": prefill_chunk,
                 "max_total_tokens": kv_tokens,
-                "disable_overlap_schedule": True,
-                "log_level": "warning",
-                **({**_CPU, "disable_cuda_graph": True} if device == "cpu" else {}),
-                **more,
+                **(server_args or {}),
             }
         )
-        args.resolve_once()
-        args.check_server_args()
-        _join_a_world_of_one(device)
-        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
-        scheduler = EmbeddedScheduler(args, PortArgs.init_new(args))
-        scheduler.start()
-        return cls(scheduler, folder, max_batch, policy_version)
+        return cls(scheduler, folder, max_batch, policy_version, retracted_kv_bytes)
 
     @property
     def info(self) -> EngineInfo:
@@ -160,6 +158,7 @@ class SglangEngine:
             self._waiting = deque(item for item in self._waiting if item[0].slot != slot)
             return
         self._rollouts.remove(rid)
+        self._retracted.forget(rid)
         self._scheduler.abort_request(AbortReq(rid=rid))
         self._scheduler.ended_by_itself()
 
@@ -170,6 +169,9 @@ class SglangEngine:
             BackendError: unusable logits, or a request that SGLang ended by itself; both name the slot. The engine must
                 not be used further: SGLang's scheduler is in the middle of a step.
         """
+        if self._ran and not self._rid_of and self._scheduler.is_fully_idle():
+            self._scheduler.on_idle()  # as SGLang's own loop does: its estimates of what requests need start anew
+            self._ran = False
         while self._waiting and len(self._rid_of) < self._max_batch:
             request, kv = self._waiting.popleft()
             if kv is not None and self._kv is not None:
@@ -177,6 +179,7 @@ class SglangEngine:
             self._hand_over(request)
         if not self._rid_of and self._scheduler.is_fully_idle():
             return _NOTHING
+        self._ran = True
         rows = []
         for req in self._scheduler.turn():
             rollout: Rollout | None = getattr(req, hooks.ATTRIBUTE, None)
@@ -185,6 +188,8 @@ class SglangEngine:
             drawn = Rollouts.commit(rollout)
             if drawn is None:
                 continue
+            if self._retracted:
+                self._retracted.forget(req.rid)
             finish = rollout.finish()
             rows.append((rollout.request.slot, drawn.token, drawn.logprob, drawn.sampling_logprob, int(finish)))
             if finish is not FinishReason.RUNNING:
@@ -218,6 +223,7 @@ class SglangEngine:
             shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
         # SGLang checks neither names nor shapes, and rolls back from the very folder that has failed.
         same_shapes(self._shapes, shapes)
+        self._retracted.clear(keeping=False)
         self._scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
         try:
             if isinstance(source, Path):
@@ -241,6 +247,7 @@ class SglangEngine:
                 self._scheduler.flush_cache()
         finally:
             self._scheduler.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+            self._retracted.clear()
         self._policy_version = version
         # SGLang has dropped the KV of the old weights; what still waits to be restored is of them too.
         self._waiting = deque((request, None) for request, _ in self._waiting)
@@ -360,33 +367,3 @@ _NOTHING = StepOutput(
     np.empty(0, np.float32),
     np.empty(0, np.uint8),
 )
-
-#: What draws tokens elsewhere, several in a step, or in several processes.
-_REFUSED = {
-    "speculative_algorithm": None,
-    "disaggregation_mode": "null",
-    "tp_size": 1,
-    "pp_size": 1,
-    "dp_size": 1,
-    "disable_overlap_schedule": True,
-    "skip_tokenizer_init": True,
-}
-
-
-def _refuse(server_args: Mapping[str, Any]) -> None:
-    for name, allowed in _REFUSED.items():
-        if server_args.get(name, allowed) != allowed:
-            raise BadInput(
-                problem(
-                    f"server_args has {name}={server_args[name]!r}; the embedded engine needs {allowed!r}",
-                    consequence="No model was loaded",
-                    remedy="Leave it out; run SGLang's own server with the plug-in for tensor and data parallelism",
-                )
-            )
-
-
-def _join_a_world_of_one(device: str) -> None:
-    """torch.distributed without a port: two workers that start at once would race for a free one."""
-    if device == "cpu" and not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from torch import Tensor
 
 from ...errors import KvError, problem
@@ -37,11 +38,13 @@ class SchedulerKv:
         self._allocator = scheduler.token_to_kv_pool_allocator
         pool = self._allocator.get_kvcache()
         dtype = str(getattr(pool, "dtype", None)).removeprefix("torch.")
-        if type(pool) is not MHATokenToKVPool or dtype not in DTYPE_BYTES or scheduler.disable_radix_cache:
+        tree = type(scheduler.tree_cache)
+        plain = type(pool) is MHATokenToKVPool and tree is UnifiedRadixCache and not scheduler.disable_radix_cache
+        if not plain or dtype not in DTYPE_BYTES:
             raise KvError(
                 problem(
-                    f"SGLang keeps KV in a {type(pool).__name__} of {dtype}, and its radix cache is "
-                    f"{'off' if scheduler.disable_radix_cache else 'on'}",
+                    f"SGLang keeps KV in a {type(pool).__name__} of {dtype}, its prefix cache is a {tree.__name__}, "
+                    f"turned {'off' if scheduler.disable_radix_cache else 'on'}",
                     consequence="KV is neither saved nor loaded; rollouts are resumed by prefill",
                     remedy="Use a model with plain attention, an unquantised KV cache, and the radix cache",
                 )
@@ -69,6 +72,24 @@ class SchedulerKv:
         length = len(req.origin_input_ids) + len(req.output_ids)
         return min(int(req.kv.kv_committed_len), length - 1) if req.kv.holds_kv else 0
 
+    def bytes_of(self, req: Any) -> int:
+        """Bytes that `save` would copy."""
+        per_token = sum(buffer[:1].nbytes for buffer in self._buffers())
+        return self.tokens(req) * per_token
+
+    def whole(self, count: int) -> int:
+        """Of so many tokens, those that fill pages: the radix cache has no others."""
+        return count - count % self._page
+
+    def cached(self, token_T: NDArray[np.int32]) -> int:
+        """How many leading tokens the radix cache has."""
+        key = RadixKey(array("q", token_T.astype(np.int64).tobytes()))
+        return int(self._scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len)
+
+    def room(self) -> int:
+        """Tokens for which there is memory, or that nobody runs with."""
+        return int(self._allocator.available_size() + self._scheduler.tree_cache.evictable_size())
+
     def save(self, req: Any) -> KvArrays | None:
         """A copy of what is computed of a request; None if nothing is."""
         count = self.tokens(req)
@@ -84,7 +105,7 @@ class SchedulerKv:
 
         Fewer than are given where memory is short or a page would be cut: the rest is prefilled.
         """
-        count = len(kv) - len(kv) % self._page
+        count = self.whole(len(kv))
         if not count:
             return 0
         tree = self._scheduler.tree_cache
@@ -97,9 +118,8 @@ class SchedulerKv:
             for buffer, part in zip(self._buffers(), kv.parts, strict=True):
                 buffer[rows] = _tensor(part[:, :count], buffer.dtype).transpose(0, 1).to(buffer.device)
         tokens = array("q", kv.token_T[:count].astype(np.int64).tobytes())
-        known = tree.insert(InsertParams(key=RadixKey(tokens), value=rows)).prefix_len
-        if known:  # another request has computed the beginning already: the tree keeps its rows
-            self._allocator.free(rows[:known])
+        # Where another request has computed the beginning already, the tree keeps its rows, and frees ours.
+        tree.insert(InsertParams(key=RadixKey(tokens), value=rows))
         return count
 
     def _buffers(self) -> Iterator[Tensor]:
