@@ -45,6 +45,7 @@ class VllmRunner:
                 **{
                     "enforce_eager": True,  # prefill alone: graphs of decode steps would only cost time and memory
                     "disable_log_stats": True,
+                    "async_scheduling": False,
                     "max_num_seqs": min(256, config["token_budget"]),
                     **config["options"],
                     "model": config["folder"],
