@@ -78,7 +78,8 @@ def make_models(folder: Path, school: School, console: Console) -> dict[str, dic
     if mark.is_file() and mark.read_text() != wanted:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(wanted)
+    if not mark.is_file():
+        _replace(mark, wanted)  # never empty: another run on the same models would throw them away
     missing = [name for name in NAMES if not (folder / f"{name}.json").is_file()]
     if missing:
         console.print("[bold]specialists[/], and a student that knows the form and little else")
