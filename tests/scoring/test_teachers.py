@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
+import scoring.teachers.shared_prefix
 from rollout_kernels.linear import MXFP4Linear
 from rollout_kernels.model import quantize_model_
 from rollout_kernels.mxfp4 import dequantize
 from scoring.batching import plan
 from scoring.errors import BadRequest, ScoreProvenanceMismatch, TeacherFailed
+from scoring.items import ScoreItem
 from scoring.teachers.hf import HfTeacherSource, SnapshotSource
+from scoring.teachers.shared_prefix import CannotShare, SharedPrefix
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gemma2", "moe"])
@@ -34,6 +37,71 @@ def test_scores_equal_a_direct_forward(
         source.info.check(item)
     for item, scores in zip(items, source.load().score(items), strict=True):
         check_scores(model, item, scores, source.info.vocabulary)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "moe", "mistral"])
+@pytest.mark.parametrize("chunk", [4096, 50, 9, 1])
+def test_rows_behind_a_shared_context_equal_a_direct_forward(
+    tiny: Callable[..., Path], check_scores: Any, tmp_path: Path, architecture: str, chunk: int
+) -> None:
+    """Grouped queries and sliding windows; windows shorter and longer than the context; cut anywhere."""
+    if architecture == "mistral":  # every layer has a window, longer than the chunks and shorter than the context
+        from transformers import MistralConfig, MistralForCausalLM
+
+        folder = shutil.copytree(tiny(), tmp_path / "mistral")
+        torch.manual_seed(0)
+        fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = MistralConfig(
+            **fields, num_key_value_heads=1, vocab_size=384, max_position_embeddings=512, sliding_window=70
+        )
+        MistralForCausalLM(config).save_pretrained(folder)
+    else:
+        folder = tiny(architecture)
+    source = HfTeacherSource("t", folder, precision="float32", chunk_tokens=chunk)
+    teacher = source.load()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    for shared in (17, 101):
+        prompt = rng.integers(4, 300, shared).astype(np.int32)
+        items = [
+            ScoreItem(np.concatenate((prompt, rng.integers(4, 300, n).astype(np.int32))), (shared, shared + n), "t")
+            for n in (1, 40, 80, 13)
+        ]
+        for item, scores in zip(items, teacher.score(items), strict=True):
+            check_scores(model, item, scores, source.info.vocabulary)
+    assert teacher._continues, "none of them is to be copied"
+
+
+def test_what_cannot_be_shared_is_copied(
+    tiny: Callable[..., Path], make_items: Any, check_scores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft-capped attention from the start; a layer that goes round the shared context as soon as it does so."""
+    assert not HfTeacherSource("t", tiny("gemma2"), precision="float32").load()._continues
+    source = HfTeacherSource("t", tiny(), precision="float32")
+    teacher, model = source.load(), AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32)
+    assert teacher._continues
+    layer = teacher._model.model.layers[1].self_attn
+    monkeypatch.setattr(layer, "layer_idx", 0)  # reads and writes what is another layer's
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.arange(20)[None], past_key_values=cache)
+    with pytest.raises(CannotShare):
+        teacher._forward(torch.arange(8)[None], SharedPrefix(cache).rows(8))
+    monkeypatch.undo()
+    real = scoring.teachers.shared_prefix._attend
+    calls = 0
+
+    def capped(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **options, softcap=30.0 if calls > 1 else None)
+
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {**AttentionInterface._global_mapping})
+    AttentionInterface.register("scoring_shared_prefix", capped)
+    items = make_items("t")
+    for item, scores in zip(items, teacher.score(items), strict=True):
+        check_scores(model, item, scores, source.info.vocabulary)
+    assert calls == 2
+    assert not teacher._continues
 
 
 def test_hidden_states_and_head_rebuild_the_scores(tiny: Callable[..., Path], make_items: Any) -> None:
