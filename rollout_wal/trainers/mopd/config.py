@@ -12,9 +12,9 @@ OBJECTIVES: tuple[Objective, ...] = ("sampled", "full_vocabulary")
 Arm = Literal["killed", "unkilled", "restart"]
 #: restart: killed like "killed", but what was interrupted is thrown away and sampled again from scratch.
 ARMS: tuple[Arm, ...] = ("killed", "unkilled", "restart")
-#: Where the rates of both objectives begin. One token's sampled log-probability says little and is noisy; beyond this
-#: rate the student flees from all it tries, right answers included.
-_LEARNING_RATES: dict[Objective, float] = {"sampled": 3e-4, "full_vocabulary": 1e-3}
+#: Learning rate and tokens of an optimizer step. A sampled log-probability says little of a token and is noisy: with
+#: steps on fewer tokens, or at a higher rate, the student flees from all it tries, right answers included.
+_STEPS: dict[Objective, tuple[float, int]] = {"sampled": (3e-4, 500), "full_vocabulary": (1e-3, 300)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class StudentConfig:
         batches: generation batches; each is one policy version.
         rollouts: of a batch, half of them in each domain.
         token_budget: tokens of an optimizer step; a batch makes as many steps as it takes.
-        learning_rate: where it begins, after a warm-up; None: what suits the objective.
+        learning_rate: where it begins, after a warm-up. For both, None is what suits the objective.
         checkpoint_every, evaluate_every: in batches.
         held_out: problems of each domain that are evaluated.
         hazard: probability that a rollout worker is killed at an engine step.
@@ -56,7 +56,7 @@ class StudentConfig:
     seed: int = 0
     batches: int = 40
     rollouts: int = 512
-    token_budget: int = 500
+    token_budget: int | None = None
     learning_rate: float | None = None
     checkpoint_every: int = 4
     evaluate_every: int = 4
@@ -74,7 +74,11 @@ class StudentConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or _LEARNING_RATES[self.objective]
+        return self.learning_rate or _STEPS[self.objective][0]
+
+    @property
+    def step_tokens(self) -> int:
+        return self.token_budget or _STEPS[self.objective][1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,7 +194,7 @@ class Student:
     def train(self, number: int, folder: Path) -> dict[str, Any]:
         """The optimizer steps of a batch."""
         path = folder / "plan.arrow"
-        spec = PlanSpec(token_budget=self.config.token_budget, seed=number, by_teacher=False)
+        spec = PlanSpec(token_budget=self.config.step_tokens, seed=number, by_teacher=False)
         with self._timed("load"):
             plan(open_dataset(folder), spec).write(path)
         done, behind, divergence = 0, [], []
