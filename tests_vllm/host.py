@@ -55,8 +55,21 @@ def ask(engine: LLMEngine, requests: list[dict[str, Any]]) -> Got:
             upto = requests[int(output.request_id)].get("upto")
             if upto is not None and len(mine["tokens"]) >= upto and not output.finished:
                 engine.abort_request([output.request_id])
-        print("tokens", sum(len(g["tokens"]) for g in got.values()), flush=True)
+        count = sum(len(g["tokens"]) for g in got.values())
+        if JOB["version_at"] and count >= JOB["version_at"]:
+            JOB["version_at"] = 0
+            change_weights(engine, got)
+        print("tokens", count, flush=True)
     return got
+
+
+def change_weights(engine: LLMEngine, got: Got) -> None:
+    """Say that there are others, with a step in flight; note how many tokens each request has or will have by it."""
+    core = engine.engine_core.engine_core
+    for name, rollout in core.scheduler._rollouts.items():
+        request = core.scheduler.requests[name]
+        got[rollout.spec.name[-1]]["old"] = request.num_output_tokens + request.num_output_placeholders
+    core.set_weight_version("5")
 
 
 def main() -> None:

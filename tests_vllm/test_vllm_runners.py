@@ -44,7 +44,8 @@ def host(model: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen
     running: list[subprocess.Popen[str]] = []
 
     def start(rounds: list[Any], **options: Any) -> subprocess.Popen[str]:
-        job = {"model": str(model), "log": str(tmp_path / "wal"), "asynchronous": True, "routes": False, **options}
+        job = {"model": str(model), "log": str(tmp_path / "wal"), "asynchronous": True, "routes": False}
+        job |= {"version_at": 0, **options}
         path = tmp_path / f"job-{len(running)}.json"
         path.write_text(json.dumps({**job, "rounds": rounds}))
         with (tmp_path / "host.log").open("ab") as errors:
@@ -88,6 +89,18 @@ def expected(engine: Any, tools: SimpleNamespace) -> list[list[Any]]:
         ],
     )
     return [rows[i] for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_in_flight_is_of_the_version_that_it_was_scheduled_under(
+    host: Any, tmp_path: Path, asynchronous: bool
+) -> None:
+    (got,) = results(host([requests("r")], runner="v1", asynchronous=asynchronous, version_at=60))
+    assert len(got) == len(PROMPTS)
+    for mine in got.values():
+        versions = logged_as(tmp_path / "wal" / "0", mine["tokens"], attempts=1).version_T.tolist()
+        assert versions == [0] * mine["old"] + [5] * (len(versions) - mine["old"])
+        assert 0 < mine["old"] < len(versions)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -73,6 +73,11 @@ class _Logging(Scheduler):
         )
         # Where the sampler runs in this process, the log-probability of each draw is at hand.
         self._draws = PositionNoise.draws if vllm_config.parallel_config.world_size == 1 else None
+        # Steps that are scheduled and not yet back, and how often the weights had changed when a step was scheduled.
+        self._in_flight = 0
+        self._changes = 0
+        self._changed_to: str | None = None
+        """A policy version that is not logged yet: steps of the one before are in flight."""
         _announce_weight_versions()
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -140,10 +145,21 @@ class _Logging(Scheduler):
 
     # -- steps --------------------------------------------------------------------------------------------------
 
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        scheduled = super().schedule(*args, **kwargs)
+        scheduled.rollout_wal_changes = self._changes
+        self._in_flight += 1
+        return scheduled
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Outputs:
         out: Outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._changed_to is not None and scheduler_output.rollout_wal_changes == self._changes:
+            self._log_policy()
         if self._rollouts:
             self._append(out)
+        self._in_flight -= 1
+        if self._changed_to is not None and not self._in_flight:
+            self._log_policy()
         if not self._log.holding:
             return out
         if not scheduler_output.total_num_scheduled_tokens:
@@ -179,7 +195,9 @@ class _Logging(Scheduler):
     # -- the engine's life ----------------------------------------------------------------------------------------
 
     def policy_changed(self, version: str) -> None:
-        """The weights were replaced: log it before a token is sampled under them. Durable when this returns.
+        """The weights were replaced: what is scheduled from here on is of this version.
+
+        Durable when this returns, unless steps of the version before are in flight: then as soon as they are logged.
 
         Raises:
             BadInput: a version that is no number.
@@ -192,6 +210,14 @@ class _Logging(Scheduler):
                     remedy="Pass the policy version as digits, '17' say",
                 )
             )
+        self._changes += 1
+        self._changed_to = version
+        if not self._in_flight:
+            self._log_policy()
+
+    def _log_policy(self) -> None:
+        version, self._changed_to = self._changed_to, None
+        assert version is not None
         self._log.policy(int(version), f"{DECLARED}{version}")
 
     def shutdown(self) -> None:

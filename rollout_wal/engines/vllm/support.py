@@ -69,6 +69,7 @@ ENGINE_HOOKS = (
 SCHEDULER_HOOKS = (
     *PROCESSOR_HOOKS,
     Hook(f"{_SCHEDULER}.__init__", ("self", "vllm_config", "kv_cache_config", "structured_output_manager")),
+    Hook(f"{_SCHEDULER}.schedule", ("self",)),
     Hook(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output")),
     Hook(f"{_SCHEDULER}.add_request", ("self", "request")),
     Hook(f"{_SCHEDULER}.finish_requests", ("self", "request_ids", "finished_status")),
