@@ -1,6 +1,6 @@
 """vLLM as an engine of `RolloutBackend`: its engine core runs in the backend's worker, one step at a time.
 
-    spec = vllm_spec("models/llama", max_batch=64)
+    spec = EngineSpec("models/llama", "rollout_wal.engines.vllm.engine:VllmEngine.from_folder", {"max_batch": 64})
     with RolloutBackend(spec, "runs/wal", workers=1) as backend: ...
 
 The worker logs each step and holds its outputs until they are durable, as with any engine. vLLM schedules, batches,
@@ -9,7 +9,6 @@ keeps the KV cache and computes; the tokens are drawn by the project's sampler (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,47 +16,20 @@ from typing import Any, Final
 
 import numpy as np
 
+from . import launch  # isort: skip  # before vLLM: it sets the environment
+import torch
+from vllm import SamplingParams as VllmParams
+
 from ...errors import ArchitectureMismatch, BackendError, BadInput, KvError, problem
 from ...finish import finish_reason
 from ...kv.layout import KvArrays
 from ..base import EngineInfo, FinishReason, Request, StepOutput
 from ..common.admission import check_request
 from . import support
+from .connector import BlockConnector, gather, shape_of
+from .draws import PLAN, plan_of
 from .model import Checkpoint, folder_digest, info_of, mismatch, same_architecture, same_shapes
-
-_PROCESSOR: Final = "rollout_wal.engines.vllm.processor:PositionNoise"
-
-_OURS: Final = (
-    "speculative_config",
-    "logits_processors",
-    "worker_extension_cls",
-    "scheduler_cls",
-    "kv_transfer_config",
-    "async_scheduling",
-)
-
-# Before vLLM is imported. The engine core in this process, so that a step is a step of this worker, and no call home
-# from a machine that may have no network.
-_ENVIRONMENT: Final = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING"}
-os.environ.update(_ENVIRONMENT)
-for _name, _value in _DEFAULTS.items():
-    os.environ.setdefault(_name, _value)
-
-import torch  # noqa: E402
-from vllm import SamplingParams as VllmParams  # noqa: E402
-from vllm.config import KVTransferConfig  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
-
-from .connector import CONNECTOR, BlockConnector, gather, shape_of  # noqa: E402
-from .draws import PLAN, plan_of  # noqa: E402
-from .processor import PositionNoise  # noqa: E402
-from .worker import EXTENSION  # noqa: E402
+from .processor import PositionNoise
 
 
 class VllmEngine:
@@ -113,42 +85,7 @@ class VllmEngine:
         """
         support.check(support.ENGINE_HOOKS)
         folder = Path(folder)
-        for name in _OURS:
-            if engine_args.get(name):
-                raise BadInput(
-                    problem(
-                        f"{name} cannot be passed to a vLLM engine of rollout-wal",
-                        consequence="No model was loaded: tokens would not be drawn by position",
-                        remedy="Leave it out",
-                    )
-                )
-        if not (folder / "config.json").is_file():
-            raise BadInput(
-                problem(
-                    f"{folder} is not a model folder: it has no config.json",
-                    consequence="No model was loaded",
-                    remedy="Pass a local folder; nothing is downloaded",
-                )
-            )
-        Checkpoint(folder)
-        engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                **{
-                    "skip_tokenizer_init": True,  # tokens in, tokens out: text is the front end's business
-                    "disable_log_stats": True,
-                    "enforce_eager": not torch.cuda.is_available(),
-                    **engine_args,
-                    "model": str(folder),
-                    "dtype": dtype,
-                    "kv_transfer_config": _connector() if kv_connector else None,
-                    "max_num_seqs": max_batch,
-                    # A step is over when it returns: its tokens are logged under the weights that sampled them.
-                    "async_scheduling": False,
-                    "logits_processors": [_PROCESSOR],
-                    "worker_extension_cls": EXTENSION,
-                }
-            )
-        )
+        engine = launch.start(folder, max_batch=max_batch, dtype=dtype, kv_connector=kv_connector, **engine_args)
         return cls(engine, folder, policy_version=policy_version)
 
     @property
@@ -357,15 +294,6 @@ class VllmEngine:
         drawn: tuple[list[int], list[int], list[float], list[float]]
         drawn = self._core.collective_rpc("rollout_wal_drawn")[0]  # all ranks draw the same
         return drawn
-
-
-def _connector() -> KVTransferConfig:
-    return KVTransferConfig(
-        kv_connector=CONNECTOR,
-        kv_connector_module_path=BlockConnector.__module__,
-        kv_role="kv_both",
-        kv_load_failure_policy="recompute",
-    )
 
 
 class _Running:
