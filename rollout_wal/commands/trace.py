@@ -59,8 +59,13 @@ def trace(what: str, wal: Path | None, archive: Path | None, as_json: bool) -> N
     elif len(rows) == 1:
         print_facts(what, {name: _cell(value) for name, value in rows[0].items()})
     else:
-        columns = ("key", "versions", "interruptions", "tokens", "loss_tokens", "end", "reward", "step", "where")
-        print_table(f"{what}: {len(rows)} rollouts", columns, [[_cell(row[c]) for c in columns] for row in rows])
+        columns = ["key", "versions", "interruptions", "tokens", "loss_tokens", "end", "reward", "step"]
+        # A column that would be empty, or the same in every row, is no column.
+        columns += [c for c in ("teachers", "router", "verifier") if any(_cell(row[c]) != "-" for row in rows)]
+        places = {row["where"] for row in rows}
+        columns += ["where"] if len(places) > 1 else []
+        title = f"{what}: {len(rows)} rollouts in {' and '.join(sorted(places))}"
+        print_table(title, columns, [[_cell(row[c]) for c in columns] for row in rows])
 
 
 def _is(row: dict[str, Any], what: str) -> bool:

@@ -13,9 +13,7 @@ and gets the same rollouts under the same ids, token for token. What is unfinish
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +25,13 @@ from ..backend import FinishedRollout, RolloutBackend
 from ..dataset import DatasetWriter
 from ..delivery import to_sample
 from ..errors import BadInput, CheckpointMismatch, problem
-from ..log.storage import make_dirs_durable, sync_directory
 from ..params import SamplingParams
+from .facts import Facts
+from .state_file import STATE_FILE, read_state, sync_tree, write_state
+
+__all__ = ["STATE_FILE", "Facts", "TrainerLedger", "read_state", "sync_tree", "write_state"]
 
 _FORMAT: Final = 1
-#: The ledger's file inside a trainer's checkpoint folder.
-STATE_FILE: Final = "rollout_wal.json"
 
 
 @dataclass(slots=True)
@@ -45,6 +44,8 @@ class _Batch:
     """The optimizer step that used them last."""
     rewards: dict[int, float] = field(default_factory=dict)
     """By rollout id; those without one are absent."""
+    facts: dict[int, Facts] = field(default_factory=dict)
+    """By rollout id; those of which nothing is said are absent."""
 
 
 class TrainerLedger:
@@ -157,15 +158,23 @@ class TrainerLedger:
         """Batch number `batch` was generated under its cohort's name without this object: these are its rollouts."""
         self._open[batch] = _Batch(list(rollouts), sampling)
 
-    def used(self, batch: int, step: int, rewards: Mapping[int, float] | None = None) -> None:
+    def used(
+        self,
+        batch: int,
+        step: int,
+        rewards: Mapping[int, float] | None = None,
+        facts: Mapping[int, Facts] | None = None,
+    ) -> None:
         """Optimizer step `step` uses this batch, the last to do so as yet.
 
         Args:
             rewards: by rollout id. NaN stands for none.
+            facts: by rollout id; see `Facts`.
         """
         entry = self._open[batch]
         entry.step = step
         entry.rewards |= {i: float(r) for i, r in (rewards or {}).items() if not math.isnan(r)}
+        entry.facts |= facts or {}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -184,7 +193,12 @@ class TrainerLedger:
             "batches": batches,
             "step": step,
             "using": {
-                str(number): {"step": b.step, "sampling": b.sampling.to_dict(), "rewards": _text_keys(b.rewards)}
+                str(number): {
+                    "step": b.step,
+                    "sampling": b.sampling.to_dict(),
+                    "rewards": {str(rollout): reward for rollout, reward in b.rewards.items()},
+                    "facts": {str(rollout): facts.to_dict() for rollout, facts in b.facts.items()},
+                }
                 for number, b in sorted(self._open.items())
                 if number < batches
             },
@@ -210,16 +224,12 @@ class TrainerLedger:
         """Before Consumed: killed in between, they are archived again under the same keys, which adds nothing."""
         info = self._backend.info
         writer = DatasetWriter(folder, writer_id="trainer", check_fence=self._backend.check_fence)
-        writer.seal(
-            [
-                replace(
-                    sample := to_sample(r, info, batch.sampling),
-                    reward=batch.rewards.get(r.id),
-                    extras={**sample.extras, **self._extras, "optimizer_step": batch.step, "run": self._run},
-                )
-                for r in batch.rollouts
-            ]
-        )
+        samples = []
+        for r in batch.rollouts:
+            sample = batch.facts.get(r.id, Facts()).add_to(to_sample(r, info, batch.sampling))
+            extras = {**sample.extras, **self._extras, "optimizer_step": batch.step, "run": self._run}
+            samples.append(replace(sample, reward=batch.rewards.get(r.id), extras=extras))
+        writer.seal(samples)
 
     def restore(self, state: Mapping[str, Any] | None, *, fork: bool = False) -> None:
         """Bring the log to where the checkpoint is from which the trainer goes on.
@@ -291,8 +301,9 @@ class TrainerLedger:
             name = self.cohort(int(number))
             if name in known and known[name].gone < known[name].size:
                 rewards = {int(i): float(r) for i, r in used["rewards"].items()}
+                facts = {int(i): Facts.from_dict(raw) for i, raw in used.get("facts", {}).items()}
                 left = sorted(self._backend.again(name), key=lambda r: r.index)
-                self._consume(_Batch(left, SamplingParams.from_dict(used["sampling"]), used["step"], rewards))
+                self._consume(_Batch(left, SamplingParams.from_dict(used["sampling"]), used["step"], rewards, facts))
 
     def _fork(self) -> None:
         """Cohorts get new names from here on; what the old line still has is let go."""
@@ -306,58 +317,3 @@ class TrainerLedger:
         self._lineage = next(
             n for n in itertools.count(self._lineage + 1) if not any(k.startswith(f"{self._run}.{n}/") for k in known)
         )
-
-
-def write_state(folder: Path, state: Mapping[str, Any], *, rank: int = 0) -> None:
-    """Put the ledger's state into a checkpoint folder, whole or not at all."""
-    make_dirs_durable(folder)
-    path = _state_path(folder, rank)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(folder)
-
-
-def read_state(folder: Path, *, rank: int = 0) -> dict[str, Any]:
-    """The ledger's state from a checkpoint folder.
-
-    Raises:
-        CheckpointMismatch: there is none, or it cannot be read: this checkpoint was not made with this backend.
-    """
-    path = _state_path(folder, rank)
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointMismatch(
-            problem(
-                f"{path} cannot be read: {error}",
-                consequence="Which rollouts the checkpoint contains is not known, so nothing was resumed",
-                remedy="Resume from a checkpoint that was made with this backend, or start a new run",
-            )
-        ) from error
-    assert isinstance(state, dict)
-    return state
-
-
-def _state_path(folder: Path, rank: int) -> Path:
-    return folder / (STATE_FILE if rank == 0 else f"rollout_wal.{rank}.json")
-
-
-def sync_tree(folder: Path) -> None:
-    """Make a checkpoint durable that others wrote: the log is about to forget what it would take to repeat it."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            fd = os.open(os.path.join(root, name), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        sync_directory(Path(root))
-    sync_directory(folder.parent)
-
-
-def _text_keys(values: Mapping[int, float]) -> dict[str, float]:
-    return {str(key): value for key, value in values.items()}

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -29,6 +27,8 @@ from ..backend import FinishedRollout, RolloutBackend
 from ..engines.base import FinishReason
 from ..errors import BadInput, problem
 from ..params import SamplingParams
+from . import slime_rewards
+from .facts import Facts, left_out
 from .ledger import TrainerLedger
 
 #: What `generate_rollout` puts into a sample's metadata, one mapping under this name.
@@ -132,14 +132,23 @@ def generate_rollout(args: Any, rollout_id: int, data_source: DataSource, evalua
     samples = [sample for group in groups for sample in group]
     for sample, rollout in zip(samples, rollouts, strict=True):
         fill(sample, rollout, bound.tokenizer)
-    asyncio.run(_reward(args, groups))
+    asyncio.run(slime_rewards.reward(args, groups))
     if getattr(args, "rollout_sample_filter_path", None):
-        _load(args.rollout_sample_filter_path)(args, groups)
+        slime_rewards.load(args.rollout_sample_filter_path)(args, groups)
     if getattr(args, "rollout_all_samples_process_path", None):
-        _load(args.rollout_all_samples_process_path)(args, groups, data_source)
-    rewards = {r.id: _number(args, s.reward) for s, r in zip(samples, rollouts, strict=True) if r.censored is None}
+        slime_rewards.load(args.rollout_all_samples_process_path)(args, groups, data_source)
+    rewards = {
+        r.id: slime_rewards.number(args, s.reward) for s, r in zip(samples, rollouts, strict=True) if r.censored is None
+    }
+    verifier = str(getattr(args, "custom_rm_path", None) or f"slime rm_hub {getattr(args, 'rm_type', '')}".strip())
+    facts = {
+        r.id: Facts(
+            verifier, left_out=left_out(r.output.sampled_T, np.array(s.loss_mask, bool) & (not s.remove_sample))
+        )
+        for s, r in zip(samples, rollouts, strict=True)
+    }
     # slime trains on rollout n in its step n, both counted from 0.
-    bound.ledger.used(int(rollout_id), int(rollout_id) + 1, rewards)
+    bound.ledger.used(int(rollout_id), int(rollout_id) + 1, rewards, facts)
     return groups
 
 
@@ -276,44 +285,6 @@ def _check_replay(sample: Any, top_p: float) -> None:
     """Newer versions of slime train under top-p with the candidates that SGLang drew each token from."""
     if top_p != 1.0 and hasattr(sample, "rollout_top_p_token_ids"):
         raise _refused(f"top-p {top_p} with slime's replay of it", "the candidates of a token are not logged")
-
-
-def _load(path: str) -> Any:
-    module, _, name = str(path).rpartition(".")
-    return getattr(import_module(module), name)
-
-
-async def _reward(args: Any, groups: Sequence[Sequence[Any]]) -> None:
-    """The rewards, by `--custom-rm-path` or slime's own reward hub.
-
-    A censored sample earned none, and slime must have a number: it gets the mean of its group, which leaves the others'
-    advantages over that mean as they are. It is under mask 0 itself.
-    """
-    path = getattr(args, "custom_rm_path", None)
-    whole = bool(getattr(args, "group_rm", False))
-    if path is None:
-        path = f"slime.rollout.rm_hub.{'batched_async_rm' if whole else 'async_rm'}"
-    function = _load(path)
-
-    async def call(what: Any) -> Any:
-        value = function(args, what)
-        return await value if inspect.isawaitable(value) else value
-
-    for group in groups:
-        scored = [s for s in group if s.status is not type(s.status).ABORTED]
-        values = await call(scored) if whole and scored else await asyncio.gather(*(call(s) for s in scored))
-        for sample, value in zip(scored, values, strict=True):
-            sample.reward = value
-        key = getattr(args, "reward_key", None)
-        mean = float(np.mean([_number(args, value) for value in values])) if scored else 0.0
-        for sample in group:
-            if sample.status is type(sample.status).ABORTED:
-                sample.reward = {key: mean} if key else mean
-
-
-def _number(args: Any, reward: Any) -> float:
-    key = getattr(args, "reward_key", None)
-    return float(reward[key] if key else reward)
 
 
 def _refused(what: str, why: str) -> BadInput:

@@ -19,7 +19,7 @@ from rollout_wal.dataset import open_dataset
 from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch
 from rollout_wal.params import SamplingParams
 from rollout_wal.testing.tiny_models import make_tiny_model
-from rollout_wal.trainers.ledger import STATE_FILE, TrainerLedger, read_state, write_state
+from rollout_wal.trainers.ledger import STATE_FILE, Facts, TrainerLedger, read_state, write_state
 
 SAMPLING = SamplingParams(max_tokens=12)
 PROMPTS = [[1, 40, 50], [1, 41, 51]]
@@ -98,12 +98,16 @@ def test_dead_between_the_checkpoint_and_the_log(start: Callable[..., TrainerLed
     ledger.restore(None)
     rollouts = generate(ledger, 0)
     rewards = np.linspace(-1e-7, 1e7, len(rollouts)).tolist()
-    ledger.used(0, step=1, rewards={r.id: x for r, x in zip(rollouts, rewards, strict=True)})
+    judged = {r.id: Facts(f"judge {r.index}", left_out=((0, 1),)) for r in rollouts}
+    ledger.used(0, step=1, rewards={r.id: x for r, x in zip(rollouts, rewards, strict=True)}, facts=judged)
     saved = through_json(ledger.state(1, step=1))
 
     ledger = start()  # the checkpoint was durable, the log knew nothing of it
     ledger.restore(saved)
     assert archived(tmp_path) == {f"run.0/0/{i}": (rewards[i], 1) for i in range(4)}
+    rows = open_dataset(tmp_path / "archive").metadata().to_pylist()
+    assert sorted(r["verifier_version"] for r in rows) == [f"judge {i}" for i in range(4)]
+    assert all(r["response_length"] - r["loss_tokens"] == 1 for r in rows)
     ledger.restore(saved)  # and once more: nothing is done twice
     assert len(archived(tmp_path)) == 4
     generate(ledger, 1)
@@ -175,7 +179,8 @@ def test_trace(start: Callable[..., TrainerLedger], tmp_path: Path) -> None:
     ledger = start()
     ledger.restore(None)
     used = generate(ledger, 0)
-    ledger.used(0, step=1, rewards={used[0].id: 1.5})
+    facts = Facts("sums 2", ("adder",), "by domain", "1", "sum", left_out=((1, 3),))
+    ledger.used(0, step=1, rewards={used[0].id: 1.5}, facts={used[0].id: facts})
     ledger.commit(ledger.state(1, step=1))
     waiting = generate(ledger, 1)
     where = ["--wal", str(tmp_path / "wal"), "--archive", str(tmp_path / "archive")]
@@ -188,11 +193,14 @@ def test_trace(start: Callable[..., TrainerLedger], tmp_path: Path) -> None:
     assert (row["step"], row["reward"], row["rollout"]) == (1, 1.5, used[0].id)
     assert row["versions"] == [[0, len(used[0].tokens)]]
     assert row["extras"]["trainer"] == "test"
+    assert (row["verifier"], row["teachers"], row["router"]) == ("sums 2", ["adder"], ["by domain", "1", "sum"])
+    assert row["tokens"] - row["loss_tokens"] == len(range(*slice(1, 3).indices(row["tokens"])))
     assert {r["key"] for r in show("step:1", *where)} == {r.key for r in used}
     [live] = show(str(waiting[2].id), *where[:2])
     assert (live["step"], live["tokens"], live["where"]) == (None, len(waiting[2].tokens), str(tmp_path / "wal"))
     table = CliRunner().invoke(trace, ["step:1", *where])
     assert "v0 x" in table.output
+    assert "adder" in table.output
     with pytest.raises(BadInput, match="nothing is known of 'step:9'"):
         CliRunner().invoke(trace, ["step:9", *where], catch_exceptions=False)
     assert CliRunner().invoke(trace, ["step:9"]).exit_code == 2

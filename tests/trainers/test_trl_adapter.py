@@ -79,6 +79,7 @@ def test_masks_and_logprobs(
     stale = replace(stale, output=replace(stale.output, version_T=old_T.astype(stale.output.version_T.dtype)))
     censored = replace(censored, censored="poison", output=censored.output[:0])
     made = trainer(max_staleness=1)
+    made.model.train()
     made._backend = _AtVersion(backend, now + 2)  # type: ignore[assignment]
     whole = replace(whole, output=replace(whole.output, version_T=whole.output.version_T + 2))
     columns = made._columns([[1, 40, 50]] * 3, [whole, stale, censored])
@@ -90,6 +91,8 @@ def test_masks_and_logprobs(
     # An empty completion would raise IndexError in TRL: one padding token that nothing is learnt from.
     assert (columns["completion_ids"][2], columns["env_mask"][2], columns["logprobs"][2]) == ([0], [0], [None])
     assert columns["censored"] == [None, None, "poison"]
+    assert made._facts[stale.id].left_out == ((0, 3),)
+    assert made._facts[whole.id].to_dict() == {"verifier": made.reward_func_names[0]}
 
 
 def test_a_censored_rollout_has_no_reward(trainer: Callable[..., GRPOTrainer]) -> None:

@@ -38,7 +38,7 @@ def live(folder: Path, **options: Any) -> int:
             [sys.executable, str(script), str(folder), json.dumps(options)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=150,
+            timeout=400,
             check=False,
         )
     if done.returncode not in (0, -signal.SIGKILL):

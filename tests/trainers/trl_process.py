@@ -1,6 +1,7 @@
 """A training run of a tiny model in a process of its own: `python trl_process.py FOLDER [JSON options]`.
 
-It goes on from its last whole checkpoint and its log; tests kill it and start it again.
+It goes on from its last whole checkpoint and its log; tests kill it and start it again. Under torchrun, each rank has a
+log of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ OPTIONS: dict[str, Any] = {
     "num_iterations": 1,
     "steps_per_generation": 2,
     "die_at": None,  # [name of a moment, how often it has come]
+    "die_rank": 0,
     "workers": 1,
     "worker_kills": 0,  # SIGKILLs to a worker while it samples
+    "model": {"mean_length": 12.0},  # of make_tiny_model
+    "engine": {},  # of EngineSpec; none: the embedded one
+    "config": {},  # more of GRPOConfig
     "kwargs": {},
 }
 
@@ -61,38 +66,42 @@ def run(folder: Path, options: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig
 
-    from rollout_wal.backend import RolloutBackend
+    from rollout_wal.backend import EngineSpec, RolloutBackend
     from rollout_wal.testing.tiny_models import make_tiny_model
     from rollout_wal.trainers import ledger
     from rollout_wal.trainers.trl import GRPOTrainer, last_checkpoint
 
     torch.set_num_threads(1)
-    moment = Moments(options["die_at"])
-    model_folder = folder / "model"
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    moment = Moments(options["die_at"] if rank == options["die_rank"] else None)
+    wal = folder / "wal" if ranks == 1 else folder / "wal" / f"rank-{rank}"
+    model_folder = folder / ("model" if rank == 0 else f"model-{rank}")
     if not (model_folder / "config.json").exists():
-        make_tiny_model(model_folder, mean_length=12.0)
+        make_tiny_model(model_folder, **options["model"])
     prompts = [f"count to {i}" for i in range(16)]
-    config = GRPOConfig(
-        output_dir=str(folder / "out"),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_generations=4,
-        max_completion_length=24,
-        max_steps=options["steps"],
-        save_steps=options["save_steps"],
-        save_total_limit=2,
-        num_iterations=options["num_iterations"],
-        steps_per_generation=options["steps_per_generation"],
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=7,
-        gradient_checkpointing=False,
-    )
-    with RolloutBackend(model_folder, folder / "wal", workers=options["workers"], slots=8) as backend:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "max_steps": options["steps"],
+        "save_steps": options["save_steps"],
+        "save_total_limit": 2,
+        "num_iterations": options["num_iterations"],
+        "steps_per_generation": options["steps_per_generation"],
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 7,
+        "gradient_checkpointing": False,
+    }
+    config = GRPOConfig(**(settings | options["config"]))
+    spec = EngineSpec(str(model_folder), **options["engine"]) if options["engine"] else model_folder
+    with RolloutBackend(spec, wal, workers=options["workers"], slots=8) as backend:
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32"),
             vowels,
@@ -149,7 +158,7 @@ def run(folder: Path, options: dict[str, Any]) -> None:
             "log": trainer.state.log_history,
             "version": backend.policy_version,
         }
-        (folder / "done.json").write_text(json.dumps(done))
+        (folder / ("done.json" if rank == 0 else f"done-{rank}.json")).write_text(json.dumps(done))
 
 
 if __name__ == "__main__":

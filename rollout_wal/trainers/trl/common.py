@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from ...backend import FinishedRollout, RolloutBackend
-from ...errors import BadInput, MissingExtra, problem
+from ...errors import BadInput, CheckpointMismatch, MissingExtra, problem
 from ...params import SamplingParams
-from ..ledger import STATE_FILE, TrainerLedger, read_state, sync_tree, write_state
+from ..ledger import STATE_FILE, Facts, TrainerLedger, read_state, sync_tree, write_state
 
 try:
     import torch
@@ -42,16 +42,21 @@ class BackendTrainer(Trainer):
     ) -> None:
         """After the trainer's own `__init__`."""
         self._backend = backend
+        folder = Path(archive) if archive is not None else None
+        if folder is not None and self.accelerator.num_processes > 1:
+            # Ranks have jobs of their own, whose rollouts have the same ids and keys.
+            folder = folder / f"rank-{self.accelerator.process_index}"
         self._ledger = TrainerLedger(
             backend,
             run,
-            archive=Path(archive) if archive is not None else None,
+            archive=folder,
             extras={"trainer": f"trl {trl.__version__}", **extras},
         )
         self._fork = fork
         self._sampling = self._sampling_params()
         self._evaluation = 0
         self._rewards: dict[int, float] = {}
+        self._facts: dict[int, Facts] = {}
         self.use_vllm = True
         self.vllm_generation = _Weights(self)
         self._last_loaded_step = -1
@@ -81,16 +86,20 @@ class BackendTrainer(Trainer):
                 grouped,
                 self._sampling,
                 group_size=per_group,
-                seed=self.args.seed + batch,
+                seed=self._seed(batch),
                 metadata=[{"generation": batch}] * len(grouped),
             )
         else:
             self._evaluation += 1
             name = f"{self.state.global_step}.{self._evaluation}"
-            seed = self.args.seed ^ 0x5EED
+            seed = self._seed(0) ^ 0x5EED
             rollouts = self._ledger.evaluate(name, grouped, self._sampling, group_size=per_group, seed=seed)
         self._measure("train" if training else "eval", rollouts)
         return rollouts
+
+    def _seed(self, batch: int) -> int:
+        """Ranks may have members of one group, so each draws noise of its own."""
+        return int(self.args.seed) + batch + (int(self.accelerator.process_index) << 40)
 
     def _measure(self, mode: str, rollouts: list[FinishedRollout]) -> None:
         newest = self._backend.policy_version
@@ -125,7 +134,7 @@ class BackendTrainer(Trainer):
             torch.manual_seed((self.args.seed << 32) + number)
             inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not fresh:
-            self._ledger.used(number, self.state.global_step + 1, self._rewards)
+            self._ledger.used(number, self.state.global_step + 1, self._rewards, self._facts)
         return inputs
 
     def note_step(self, step: int) -> None:
@@ -150,6 +159,7 @@ class BackendTrainer(Trainer):
         folder = str(resume_from_checkpoint or "")
         if folder:
             state = read_state(Path(folder), rank=self.accelerator.process_index)
+            self._check_ranks(folder, int(state.get("ranks", 1)))
         self._ledger.restore(state, fork=self._fork)
         self._step = int(state["micro_step"]) if state is not None else 0
         if state is not None and 0 < self.args.max_steps <= state["step"]:
@@ -159,10 +169,22 @@ class BackendTrainer(Trainer):
             return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=folder or None, **kwargs)
 
+    def _check_ranks(self, folder: str, ranks: int) -> None:
+        if ranks != self.accelerator.num_processes:
+            raise CheckpointMismatch(
+                problem(
+                    f"{folder} was written by {ranks} ranks, and there are {self.accelerator.num_processes}",
+                    consequence="Nothing was changed; which rank has which rollouts depends on their number",
+                    remedy=f"Start {ranks} ranks, or a new run with logs of its own",
+                )
+            )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in TRL. When the checkpoint is durable, what it contains is consumed."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        state = self._ledger.state(self._generation, int(self.state.global_step)) | {"micro_step": self._step}
+        rank, ranks = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+        state = self._ledger.state(self._generation, int(self.state.global_step))
+        state |= {"micro_step": self._step, "ranks": ranks}
         # Not yet: the older checkpoints must stay until this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -172,8 +194,12 @@ class BackendTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_tree(folder)
-        # Last: a folder that has it is whole.
-        write_state(folder, state, rank=self.accelerator.process_index)
+        if rank:
+            write_state(folder, state, rank=rank)
+        self.accelerator.wait_for_everyone()
+        if not rank:  # last: a folder that has it is whole
+            write_state(folder, state)
+        self.accelerator.wait_for_everyone()
         self._ledger.commit(state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

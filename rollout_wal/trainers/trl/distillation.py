@@ -18,6 +18,7 @@ import trl
 
 from ...backend import FinishedRollout, RolloutBackend
 from ...errors import BadInput, problem
+from ..facts import Facts, left_out
 from .common import BackendTrainer, check_arguments, conflict
 
 try:
@@ -73,6 +74,7 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         super().__init__(*args, **kwargs)
         self._scorer = scorer
         self._route = route or _teacher_column
+        self._router = "column teacher" if route is None else getattr(route, "__qualname__", type(route).__qualname__)
         self._objective = objective
         self._teachers: list[str] = []
         self._heads: dict[str, Any] = {}
@@ -106,6 +108,11 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         output = super()._generate_and_score_completions(inputs)
         teachers = [self._route(row) for row in inputs]
         scores = self._score(self._last, teachers)
+        if self.model.training:
+            self._facts = {
+                r.id: Facts(teachers=(teacher,), router=self._router, left_out=_unscored(r, score))
+                for r, teacher, score in zip(self._last, teachers, scores, strict=True)
+            }
         output |= self._columns(output["completion_ids"], teachers, scores)
         output["num_items_in_batch"] = self.accelerator.gather(output["scored_mask"].sum()).sum()
         return dict(output)
@@ -209,6 +216,11 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         if teacher not in self._heads:
             self._heads[teacher] = self._scorer.head(teacher).tensor()
         return self._heads[teacher]
+
+
+def _unscored(rollout: FinishedRollout, score: Scores | None) -> tuple[tuple[int, int], ...]:
+    sampled_T = rollout.output.sampled_T
+    return left_out(sampled_T, sampled_T & (False if score is None else score.valid))
 
 
 def _teacher_column(row: Mapping[str, Any]) -> str:

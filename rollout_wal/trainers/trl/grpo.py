@@ -10,6 +10,7 @@ import torch
 import trl
 
 from ...backend import FinishedRollout, RolloutBackend
+from ..facts import Facts, left_out
 from .common import BackendTrainer, check_arguments, conflict, pairs
 
 
@@ -21,7 +22,8 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
     Args:
         backend: running; it must be on a directory of its own for each rank of a distributed run.
         run: names this run in the backend's job; another name starts another run.
-        archive: a dataset folder that keeps each consumed rollout with its reward and the step that used it.
+        archive: a dataset folder that keeps each consumed rollout with its reward and the step that used it; of a
+            distributed run, one folder in it for each rank, rank-0 and so on.
         max_staleness: leave tokens out of the loss whose policy version is more than so many versions old; None: none.
             What this removes is logged as `rollouts/stale_share`.
         fork: resuming from a checkpoint older than the log: sample anew instead of refusing.
@@ -59,6 +61,8 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
 
     def _columns(self, prompt_ids: list[list[int]], rollouts: list[FinishedRollout]) -> dict[str, list[Any]]:
         newest = self._backend.policy_version
+        verifier = ", ".join(self.reward_func_names)
+        facts = {}
         rows: dict[str, list[Any]] = {
             name: []
             for name in (
@@ -71,6 +75,7 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
             used = output.sampled_T & output.sampling_logprob.valid_T & (rollout.censored is None)
             if self._max_staleness is not None:
                 used = used & (newest - output.version_T <= self._max_staleness)
+            facts[rollout.id] = Facts(verifier, left_out=left_out(output.sampled_T, used))
             logprobs = [float(v) if ok else None for v, ok in zip(*pairs(output.sampling_logprob), strict=True)]
             tokens, versions = output.token_T.tolist(), output.version_T.tolist()
             mask = used.astype(int).tolist()
@@ -84,6 +89,8 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
             rows["policy_versions"].append(versions)
             rows["interruptions"].append(rollout.interruptions)
             rows["censored"].append(rollout.censored)
+        if self.model.training:
+            self._facts = facts
         return rows
 
     def _measure(self, mode: str, rollouts: list[FinishedRollout]) -> None:
