@@ -62,7 +62,7 @@ test-sglang: system ## the tests inside the real SGLang engine, on a CPU; an env
 
 test-verl: ## the tests inside the real verl, with Ray, on a CPU; an environment of their own
 	PYTHON=$(PYTHON) sh scripts/install_verl.sh
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests_verl
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -m "not slow" tests_verl
 
 lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
