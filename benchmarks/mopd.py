@@ -28,8 +28,21 @@ from rollout_wal.trainers.mopd.results import summarise
 from rollout_wal.trainers.mopd.run import make_models, run_student
 from rollout_wal.trainers.mopd.tasks import DOMAINS
 
-_RUN = {"batches": 20, "trainer_kills": 1, "server_kills": 1, "evaluate_every": 5, "checkpoint_every": 5}
-_QUICK = {"batches": 4, "rollouts": 64, "token_budget": 300, "held_out": 40, "evaluate_every": 2, "trainer_kills": 1}
+_RUN: dict[str, Any] = {
+    "batches": 20,
+    "trainer_kills": 1,
+    "server_kills": 1,
+    "evaluate_every": 5,
+    "checkpoint_every": 5,
+}
+_QUICK: dict[str, Any] = {
+    "batches": 4,
+    "rollouts": 64,
+    "token_budget": 300,
+    "held_out": 40,
+    "evaluate_every": 2,
+    "trainer_kills": 1,
+}
 _QUICK |= {"server_kills": 1, "hazard": 0.02}
 
 
@@ -73,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, help="how many; 5, or 1 with --quick")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
+    parser.add_argument("--finished", action="store_true", help="run nothing: only what is finished in --work")
     args = parser.parse_args()
     seeds = args.seeds or (1 if args.quick else 5)
     arms = [cast(Arm, a) for a in args.arms.split(",")]
@@ -89,6 +103,8 @@ def main() -> None:
             for arm in arms:
                 config = replace(StudentConfig(), arm=arm, objective=objective, seed=seed)
                 config = replace(config, **(_QUICK if args.quick else _RUN))
+                if args.finished and not (work / f"{objective}-{arm}-{seed}" / "done.json").is_file():
+                    continue
                 console.print(f"seed {seed}, {objective}, {arm}")
                 runs.append(summarise(run_student(work, config, work / "models", console), specialists))
                 # After each: an interruption leaves the results of what was run.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...audit import plots
 from ...audit.html import Cell, Page
-from .results import Run
+from .results import GOAL, Run
 from .tasks import DOMAINS
 
 _COLOURS = {"addition": 1, "sorting": 2}
@@ -71,16 +71,43 @@ def _one(page: Page, name: str, run: Run, found: Mapping[str, Any]) -> None:
     by_batch = {b["batch"]: b["step"] for b in run.batches}
     hit = [by_batch.get(entry["batch"], 0) for entry in found["lost"]]
     section = page.section(f"Learning from {_LEARNS[name]}, arm {run.config.arm}")
+    goals = [GOAL * d["specialist"] for d in found["domains"].values()]
+    evaluated = [step for step, _ in run.accuracy]
     section.figure(
         plots.lines(
             f"accuracy-{name}",
-            [(d, _COLOURS[d], [s for s, _ in run.accuracy], [a[d] for _, a in run.accuracy]) for d in DOMAINS],
+            [
+                *((d, _COLOURS[d], evaluated, [a[d] for _, a in run.accuracy]) for d in DOMAINS),
+                *(
+                    (f"{GOAL:.0%} of each specialist" if not i else "_", 0, [0, evaluated[-1]], [goal, goal])
+                    for i, goal in enumerate(goals)
+                ),
+            ],
             x="optimizer steps",
             y="greedy accuracy",
             marks=hit,
             percent=True,
         ),
         "Accuracy by domain. Vertical lines: the trainer or the scoring server was killed.",
+    )
+    started = run.events[0]["time"]
+    section.figure(
+        plots.lines(
+            f"time-{name}",
+            [
+                (
+                    "batches",
+                    3,
+                    [0.0, *((b["time"] - started) / 60 for b in run.lines)],
+                    [0, *(b["batch"] for b in run.lines)],
+                )
+            ],
+            x="minutes since the start",
+            y="batches trained on",
+            marks=[(e["time"] - started) / 60 for e in run.events if e["event"] == "kill"],
+        ),
+        "Where the time went. Vertical lines: the trainer or the scoring server was killed; where the curve falls, the "
+        "trainer went back to its last checkpoint.",
     )
     section.figure(
         plots.shares(
@@ -96,7 +123,7 @@ def _one(page: Page, name: str, run: Run, found: Mapping[str, Any]) -> None:
             f"overlap-{name}",
             [(d, _COLOURS[d], steps, [b["overlap"].get(d, float("nan")) for b in trained]) for d in DOMAINS],
             x="optimizer steps",
-            y="overlap of the four likeliest tokens",
+            y="overlap with the teacher",
             percent=True,
         ),
         "Share of the teacher's four likeliest tokens that are among the student's, on the student's prefixes.",
@@ -113,15 +140,16 @@ def _one(page: Page, name: str, run: Run, found: Mapping[str, Any]) -> None:
         ),
         "Staleness: optimizer steps between the policy that sampled a token and the one that learns from it.",
     )
-    section.figure(
-        plots.lines(
-            f"hurt-{name}",
-            [("interruptions", 5, steps, [b["interruptions"] for b in trained])],
-            x="optimizer steps",
-            y="per batch",
-        ),
-        "Interruptions that the rollouts of each batch survived: deaths of a worker, alone or with the trainer.",
-    )
+    if found["interruptions"]:
+        section.figure(
+            plots.lines(
+                f"hurt-{name}",
+                [("interruptions", 5, steps, [b["interruptions"] for b in trained])],
+                x="optimizer steps",
+                y="per batch",
+            ),
+            "Interruptions that the rollouts of each batch survived: deaths of a worker, alone or with the trainer.",
+        )
     kills = found["kills"]
     section.table(
         ["killed", "times", "seconds lost"],
