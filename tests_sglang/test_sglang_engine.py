@@ -136,7 +136,12 @@ def run_pressed(engine: Any, tools: Any, pressed: Any) -> int:
         out = engine.step()
         batch = engine._scheduler.last_batch
         prefilled += batch.extend_num_tokens if batch is not None and batch.forward_mode.is_extend() else 0
-        retractions = max(retractions, *(r.req.retraction_count for r in engine._rollouts.by_rid.values()), 0)
+        for rollout in engine._rollouts.by_rid.values():
+            retractions = max(retractions, rollout.req.retraction_count)
+            if rollout.req.is_retracted and (kept := engine.save_kv(rollout.request.slot)) is not None:
+                # What was computed of a request that waits: a worker that is given notice saves it, too.
+                computed = rollout.start + len(rollout.req.output_ids) - 1
+                assert engine.kv_tokens(rollout.request.slot) == len(kept) == computed
         for slot, token in zip(out.slot_N.tolist(), out.token_N.tolist(), strict=True):
             tokens[slot].append(token)
     assert retractions > 0, "the KV cache was large enough: this tested nothing"

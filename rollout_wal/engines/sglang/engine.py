@@ -262,7 +262,10 @@ class SglangEngine:
     def kv_tokens(self, slot: int) -> int:
         """See `SupportsKv.kv_tokens`."""
         rid = self._rid_of.get(slot)
-        return self._scheduler_kv().tokens(self._rollouts.by_rid[rid].req) if rid is not None else 0
+        if rid is None:
+            return 0
+        kept = self._retracted.of(rid)
+        return len(kept) if kept is not None else self._scheduler_kv().tokens(self._rollouts.by_rid[rid].req)
 
     def keep_kv(self) -> None:
         """See `SupportsKv.keep_kv`.
@@ -281,7 +284,9 @@ class SglangEngine:
     def save_kv(self, slot: int) -> KvArrays | None:
         """See `SupportsKv.save_kv`."""
         rid = self._rid_of.get(slot)
-        return self._scheduler_kv().save(self._rollouts.by_rid[rid].req) if rid is not None else None
+        if rid is None:
+            return None
+        return self._retracted.of(rid) or self._scheduler_kv().save(self._rollouts.by_rid[rid].req)
 
     def add_with_kv(self, request: Request, kv: KvArrays) -> None:
         """See `SupportsKv.add_with_kv`. It goes into the radix cache when the request joins."""

@@ -70,6 +70,10 @@ class RetractedKv:
         if self._kv.cached(kv.token_T) < self._kv.whole(len(kv)) and self._kv.room() > len(kv):
             self.restored_tokens += self._kv.restore(kv)
 
+    def of(self, rid: str) -> KvArrays | None:
+        """What is kept of a request that waits to run again."""
+        return self._kept.get(rid)
+
     def forget(self, rid: str) -> None:
         """It has run again, or never will."""
         self._kept.pop(rid, None)
