@@ -42,6 +42,18 @@ def check_request(request: Request, info: EngineInfo) -> None:
     _check_not_over(request, info)
 
 
+def check_slot(slot: int, *, used: bool) -> None:
+    """Raises BadInput: another request has this slot."""
+    if used:
+        raise BadInput(
+            problem(
+                f"slot {slot} is already in use",
+                consequence=_REFUSED,
+                remedy="Wait until it finishes, or abort it first",
+            )
+        )
+
+
 def _check_tokens(request: Request, vocab_size: int) -> None:
     if not len(request.prompt):
         raise BadPrompt(

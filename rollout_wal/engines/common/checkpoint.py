@@ -110,6 +110,20 @@ def mismatch(what: str) -> ArchitectureMismatch:
     )
 
 
+def model_folder(folder: str | Path) -> Path:
+    """Raises BadInput: no folder of a model."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise BadInput(
+            problem(
+                f"{path} is not a model folder: it has no config.json",
+                consequence="No model was loaded",
+                remedy="Pass a folder written by save_pretrained; nothing is downloaded",
+            )
+        )
+    return path
+
+
 def config_of(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json, or None."""
     path = folder / "config.json"

@@ -23,7 +23,7 @@ from ...errors import BadInput, problem
 from ...kv.layout import KvArrays
 from ...sampling import draw
 from ..base import EngineInfo, FinishReason, Request, StepOutput
-from ..common.admission import check_request
+from ..common.admission import check_request, check_slot
 from ..common.identity import architecture_digest, chat_template_digest, tokenizer_digest, weights_digest
 from ..common.requests import RequestTable
 from .attention import LEAST_ROWS, DecodeGroup, PrefillChunk, StepAttention
@@ -131,14 +131,7 @@ class HFEngine:
         """
         check_request(request, self._info)
         waiting = any(other.slot == request.slot for other, _ in self._waiting)
-        if waiting or self._table.row(request.slot) is not None:
-            raise BadInput(
-                problem(
-                    f"slot {request.slot} is already in use",
-                    consequence="The request was not added",
-                    remedy="Wait until it finishes, or abort it first",
-                )
-            )
+        check_slot(request.slot, used=waiting or self._table.row(request.slot) is not None)
         if kv is not None and kv.tokens == 0:
             kv = None
         if kv is not None:

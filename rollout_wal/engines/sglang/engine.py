@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import BackendError, BadInput, KvError, problem
+from ...errors import BackendError, KvError, problem
 from ...kv.layout import KvArrays
 from ..base import EngineInfo, FinishReason, Request, StepOutput
-from ..common.admission import check_request
-from ..common.checkpoint import Checkpoint, same_architecture, same_shapes
+from ..common.admission import check_request, check_slot
+from ..common.checkpoint import Checkpoint, model_folder, same_architecture, same_shapes
 from ..common.identity import weights_digest
 from . import hooks, versions
 from .info import info_of
@@ -101,15 +101,7 @@ class SglangEngine:
             BadInput: no such model, or `server_args` that change what is drawn (see `refuse_arguments`).
         """
         versions.check()
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise BadInput(
-                problem(
-                    f"{folder} is not a model folder: it has no config.json",
-                    consequence="No model was loaded",
-                    remedy="Pass a folder written by save_pretrained; nothing is downloaded",
-                )
-            )
+        folder = model_folder(folder)
         refuse_arguments(server_args or {})
         hooks.install((*hooks.SAMPLING, *RETRACTION), RELIED_ON)
         logging.getLogger("sglang").setLevel(logging.WARNING)
@@ -141,14 +133,8 @@ class SglangEngine:
     def add(self, request: Request, kv: KvArrays | None = None) -> None:
         """See `Engine.add`. `kv`: see `add_with_kv`."""
         check_request(request, self._info)
-        if request.slot in self._rid_of or any(other.slot == request.slot for other, _ in self._waiting):
-            raise BadInput(
-                problem(
-                    f"slot {request.slot} is already in use",
-                    consequence="The request was not added",
-                    remedy="Wait until it finishes, or abort it first",
-                )
-            )
+        waiting = any(other.slot == request.slot for other, _ in self._waiting)
+        check_slot(request.slot, used=waiting or request.slot in self._rid_of)
         self._waiting.append((request, kv))
 
     def abort(self, slot: int) -> None:

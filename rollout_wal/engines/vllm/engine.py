@@ -20,11 +20,11 @@ from . import launch  # isort: skip  # before vLLM: it sets the environment
 import torch
 from vllm import SamplingParams as VllmParams
 
-from ...errors import ArchitectureMismatch, BackendError, BadInput, KvError, problem
+from ...errors import ArchitectureMismatch, BackendError, KvError, problem
 from ...finish import finish_reason
 from ...kv.layout import KvArrays
 from ..base import EngineInfo, FinishReason, Request, StepOutput
-from ..common.admission import check_request
+from ..common.admission import check_request, check_slot
 from . import support
 from .connector import BlockConnector, gather, shape_of
 from .draws import PLAN, plan_of
@@ -106,14 +106,7 @@ class VllmEngine:
 
     def _add(self, request: Request) -> str:
         check_request(request, self._info)
-        if request.slot in self._running:
-            raise BadInput(
-                problem(
-                    f"slot {request.slot} is already in use",
-                    consequence="The request was not added",
-                    remedy="Wait until it finishes, or abort it first",
-                )
-            )
+        check_slot(request.slot, used=request.slot in self._running)
         sampled = int(np.count_nonzero(request.prefix_sampled))
         tokens = np.concatenate((request.prompt, request.prefix)).tolist()
         self._added += 1

@@ -24,6 +24,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
 from ...errors import BadInput, problem  # noqa: E402
+from ..common.checkpoint import model_folder  # noqa: E402
 from .connector import CONNECTOR, BlockConnector  # noqa: E402
 from .model import Checkpoint  # noqa: E402
 from .worker import EXTENSION  # noqa: E402
@@ -54,14 +55,7 @@ def start(folder: Path, *, max_batch: int, dtype: str, kv_connector: bool, **eng
                     remedy="Leave it out",
                 )
             )
-    if not (folder / "config.json").is_file():
-        raise BadInput(
-            problem(
-                f"{folder} is not a model folder: it has no config.json",
-                consequence="No model was loaded",
-                remedy="Pass a local folder; nothing is downloaded",
-            )
-        )
+    model_folder(folder)
     Checkpoint(folder)  # refuses a folder without weights before vLLM starts
     return LLMEngine.from_engine_args(
         EngineArgs(
