@@ -1,7 +1,7 @@
 """Prometheus metrics of the logs. Optional: needs rollout-wal[metrics].
 
-`WriterMetrics` watches writers inside a process; `exposition` turns what `rollout-wal stats` collects from outside
-into Prometheus' text format, for a textfile collector.
+`WriterMetrics` watches writers, and `backend.metrics.BackendMetrics` a whole backend with its writers; `exposition`
+turns what `rollout-wal stats` collects from outside into Prometheus' text format, for a textfile collector.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import Metric
 
-    from .log.writer import LogWriter
+    from .log.report import WriterNumbers
 
 
 def _core() -> Any:
@@ -36,7 +36,7 @@ class WriterMetrics:
 
     def __init__(
         self,
-        writers: Mapping[str, LogWriter],
+        writers: Mapping[str, WriterNumbers],
         counters: Mapping[str, float] | None = None,
         *,
         registry: CollectorRegistry | None = None,
@@ -50,17 +50,21 @@ class WriterMetrics:
     def collect(self) -> Iterator[Metric]:
         gauge, counter = self._core.GaugeMetricFamily, self._core.CounterMetricFamily
         families = {
+            "durable_lsn": gauge("rollout_wal_durable_lsn", "Highest durable LSN", labels=["log"]),
             "lag_records": gauge("rollout_wal_durable_lag_records", "Appended and not durable yet", labels=["log"]),
             "lag_bytes": gauge("rollout_wal_durable_lag_bytes", "Appended and not being synced yet", labels=["log"]),
             "bytes": counter("rollout_wal_written_bytes", "Written to the log", labels=["log"]),
             "syncs": counter("rollout_wal_syncs", "Syncs of the log", labels=["log"]),
+            "sync_s": self._core.HistogramMetricFamily("rollout_wal_sync_seconds", "Of one sync", labels=["log"]),
             "poisoned": gauge("rollout_wal_poisoned", "1: the writer accepts nothing more", labels=["log"]),
         }
         for label, writer in self._writers.items():
+            families["durable_lsn"].add_metric([label], writer.durable_lsn)
             families["lag_records"].add_metric([label], max(0, writer.last_lsn - writer.durable_lsn))
             families["lag_bytes"].add_metric([label], writer.pending_bytes)
             families["bytes"].add_metric([label], writer.bytes_written)
             families["syncs"].add_metric([label], writer.syncs)
+            families["sync_s"].add_metric([label], writer.sync_s.buckets(), writer.sync_s.total)
             families["poisoned"].add_metric([label], float(writer.poisoned is not None))
         yield from families.values()
         for name, value in self._counters.items():

@@ -16,47 +16,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from crc32c import crc32c
-
-from ..errors import LogFenced
+from ..errors import BadInput, LogFenced
+from ..histogram import SYNC_S, Histogram
 from . import refusals
 from .active import ActiveSegment
 from .awaiters import Awaiters
 from .fence import Fence
-from .format import (
-    ALIGNMENT,
-    CRC,
-    DURABLE_MAGIC,
-    FORMAT_VERSION,
-    FRAME_HEADER_BYTES,
-    FRAME_MAGIC,
-    FRAME_PREFIX,
-    MAX_PAYLOAD_BYTES,
-    PADDING,
-    SEGMENT_HEADER_BYTES,
-    SegmentHeader,
-)
+from .format import DURABLE_MAGIC, SegmentHeader
 from .marks import Mark, durable_name
+from .pending import Batch, Pending
 from .policy import SyncPolicy
 from .storage import File, Storage
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Pending frames that go into one segment, one behind the other."""
-
-    offset: int
-    parts: list[bytes]
-    segment: SegmentHeader | None = None
-    """Set: this segment is to be created first."""
-    size: int = 0
 
 
 class LogWriter:
@@ -85,28 +60,21 @@ class LogWriter:
     ) -> None:
         self._storage = storage
         self._fence = fence
-        self._segment = header
         last = header.predecessor_sequence if file is None else header.sequence
         self._active = ActiveSegment(storage, file, last, segment_bytes)
-        self._segment_bytes = segment_bytes
-        self._capacity = segment_bytes if file is not None else 0
+        self._pending = Pending(header, fence.epoch, offset=offset, segment_bytes=segment_bytes, open=file is not None)
         self._policy = policy or SyncPolicy()
         self._on_durable = on_durable
         self._mark = Mark(storage, durable_name(header.epoch), DURABLE_MAGIC, header.log_id)
 
-        self._next_lsn = header.first_lsn
         self._durable = header.first_lsn - 1
-        self._offset = offset
-        self._batch = _Batch(offset, [])
-        self._batches = [self._batch]
-        self._generation = header.sequence & 0xFFFFFFFF
-        self._pending_bytes = 0
-        self._oldest_pending = 0.0
         self._error: BaseException | None = None
         self._closed = False
         self._prepare_ahead = prepare_ahead
         self.bytes_written = 0
         self.syncs = 0
+        self.sync_s = Histogram(SYNC_S)
+        """How long each sync took."""
         self._begin_threads()
         _WRITERS.add(self)
 
@@ -131,11 +99,11 @@ class LogWriter:
 
     @property
     def last_lsn(self) -> int:
-        return self._next_lsn - 1
+        return self._pending.next_lsn - 1
 
     @property
     def pending_bytes(self) -> int:
-        return self._pending_bytes
+        return self._pending.bytes
 
     @property
     def poisoned(self) -> BaseException | None:
@@ -145,54 +113,25 @@ class LogWriter:
     @property
     def segment(self) -> SegmentHeader:
         """The segment that the last append went to."""
-        return self._segment
+        return self._pending.segment
 
     def append(self, frame_type: int, payload: bytes, flags: int = 0) -> int:
         """Hand over one record. Returns its LSN at once; it is durable when `durable_lsn` has reached it.
 
         Raises:
             LogPoisoned, LogFenced: the writer has stopped; nothing was accepted.
+            BadInput: no frame can hold it; nothing was accepted.
         """
-        length = len(payload)
-        if length > MAX_PAYLOAD_BYTES:
-            raise refusals.too_long(length)
-        if rest := length % ALIGNMENT:
-            payload += PADDING[ALIGNMENT - rest]
-        size = FRAME_HEADER_BYTES + len(payload)
         with self._mutex:
             if self._error is not None or self._closed:
                 raise self._refusal()
             try:
-                if self._offset + size > self._capacity:
-                    self._plan_rotation(size)
-                lsn = self._next_lsn
-                prefix = FRAME_PREFIX.pack(
-                    FRAME_MAGIC,
-                    FORMAT_VERSION,
-                    frame_type,
-                    flags,
-                    length,
-                    self._generation,
-                    lsn,
-                    self._durable,
-                    self._segment.epoch & 0xFFFFFFFF,
-                )
-                head = prefix + CRC.pack(crc32c(payload, crc32c(prefix)))
-                batch = self._batch
-                batch.parts.append(head)
-                batch.parts.append(payload)
-                batch.size += size
-                self._offset += size
-                if not self._pending_bytes:
-                    self._oldest_pending = time.monotonic()
-                self._pending_bytes += size
-                self._next_lsn = lsn + 1
-            except struct.error as error:  # before anything was pending
-                raise refusals.unfit(frame_type, flags) from error
+                return self._pending.add(frame_type, payload, flags, self._durable)
+            except BadInput:  # nothing is pending of it
+                raise
             except BaseException as error:  # Ctrl-C in the middle: half a frame may be pending
                 self._fail(error)
                 raise
-        return lsn
 
     def wait_durable(self, lsn: int | None = None) -> int:
         """Block until `lsn` (default: everything appended so far) is durable. Returns the durable LSN.
@@ -202,7 +141,7 @@ class LogWriter:
                 is lost; both say that it must not be acknowledged.
         """
         if lsn is None:
-            lsn = self._next_lsn - 1
+            lsn = self._pending.next_lsn - 1
         if lsn <= self._durable and self._error is None:
             return self._durable
         while True:
@@ -235,7 +174,7 @@ class LogWriter:
         loop = asyncio.get_running_loop()
         with self._mutex:
             if lsn is None:
-                lsn = self._next_lsn - 1
+                lsn = self._pending.next_lsn - 1
             if self._error is not None:
                 raise self._refusal()
             if lsn <= self._durable:
@@ -261,8 +200,7 @@ class LogWriter:
         with self._mutex:
             if self._error is not None or self._closed:
                 raise self._refusal()
-            self._capacity = 0
-            return self._segment.sequence + 1
+            return self._pending.rotate()
 
     def publish(self) -> None:
         """Say where this owner starts: everything before is durable. Once, before anything is appended."""
@@ -289,7 +227,7 @@ class LogWriter:
     def _end(self) -> bool:
         """Accept nothing more, if nothing is pending."""
         with self._mutex:
-            if self._error is None and not self._closed and self._next_lsn - 1 > self._durable:
+            if self._error is None and not self._closed and self._pending.next_lsn - 1 > self._durable:
                 return False
             self._closed = True
             return True
@@ -301,6 +239,9 @@ class LogWriter:
             self._waiters += 1
             while self._leading:  # its files are in use
                 self._changed.wait()
+            # Whoever waits for what is not written now would wait for ever.
+            self._awaiters.fail(self._refusal)
+            self._changed.notify_all()
         self._flush_wanted.set()
         if self._flusher is not None and self._flusher is not threading.current_thread():
             self._flusher.join()
@@ -312,20 +253,16 @@ class LogWriter:
 
     def _pause(self) -> float:
         """Seconds that a group still waits for company. Called with the mutex held."""
-        if self._pending_bytes >= self._policy.group_bytes:
+        if self._pending.bytes >= self._policy.group_bytes:
             return 0.0
-        return max(0.0, self._oldest_pending + self._policy.group_ms / 1e3 - time.monotonic())
+        return max(0.0, self._pending.oldest + self._policy.group_ms / 1e3 - time.monotonic())
 
-    def _take(self) -> tuple[list[_Batch], int]:
+    def _take(self) -> tuple[list[Batch], int]:
         """Become the leader of everything pending. Called with the mutex held."""
         self._leading = threading.get_ident()
-        batches = self._batches
-        self._batch = _Batch(self._offset, [])
-        self._batches = [self._batch]
-        self._pending_bytes = 0
-        return batches, self._next_lsn - 1
+        return self._pending.take()
 
-    def _lead(self, batches: list[_Batch], upto: int) -> None:
+    def _lead(self, batches: list[Batch], upto: int) -> None:
         sync = self._policy.kind != "none"
         active = self._active
         unsynced = False
@@ -342,13 +279,15 @@ class LogWriter:
                 self.bytes_written += batch.size
                 unsynced = True
         if sync and active.file is not None:
+            began = time.perf_counter()
             active.file.sync()
+            self.sync_s.add(time.perf_counter() - began)
             self.syncs += 1
         # After the sync and before the acknowledgement: a new owner may have read the log without these records.
         self._fence.check()
         self._mark.write(upto, active.sequence)
-        if self._prepare_ahead and self._offset * 2 > self._capacity:
-            active.prepare(self._segment.epoch, self._segment.sequence + 1)
+        if self._prepare_ahead and self._pending.half_full:
+            active.prepare(self.segment.epoch, self.segment.sequence + 1)
         with self._mutex:
             self._durable = upto
             self._awaiters.settle(upto)
@@ -388,8 +327,8 @@ class LogWriter:
         self._changed.notify_all()
 
     def _check_appended(self, lsn: int) -> None:
-        if lsn >= self._next_lsn:
-            raise refusals.never_appended(lsn, self._next_lsn - 1)
+        if lsn > self.last_lsn:
+            raise refusals.never_appended(lsn, self.last_lsn)
 
     def _flush(self) -> None:
         while True:
@@ -397,33 +336,11 @@ class LogWriter:
             self._flush_wanted.clear()
             if self._closed or self._error is not None:
                 return
-            if self._next_lsn - 1 > self._durable:
+            if self._pending.next_lsn - 1 > self._durable:
                 try:
                     self.wait_durable()
                 except Exception:
                     return  # the writer is poisoned and every waiter has been told: there is nothing left to do here
-
-    # -- segments -----------------------------------------------------------------------------------------------
-
-    def _plan_rotation(self, frame_size: int) -> None:
-        """From here on, appends go to a segment that the leader will create. Called with the mutex held."""
-        old = self._segment
-        first = self._capacity == 0 and self._offset == 0
-        self._segment = SegmentHeader(
-            kind=old.kind,
-            log_id=old.log_id,
-            epoch=self._fence.epoch,
-            sequence=old.sequence + 1,
-            first_lsn=self._next_lsn,
-            predecessor_epoch=old.predecessor_epoch if first else old.epoch,
-            predecessor_sequence=old.predecessor_sequence if first else old.sequence,
-            predecessor_bytes=old.predecessor_bytes if first else self._offset,
-        )
-        self._generation = self._segment.sequence & 0xFFFFFFFF
-        self._capacity = max(self._segment_bytes, SEGMENT_HEADER_BYTES + frame_size)
-        self._offset = SEGMENT_HEADER_BYTES
-        self._batch = _Batch(self._offset, [], self._segment)
-        self._batches.append(self._batch)
 
     def _refusal(self) -> Exception:
         return refusals.refusal(self._error, self._storage.label, self._durable)

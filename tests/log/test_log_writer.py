@@ -199,6 +199,33 @@ def test_a_future_of_a_closed_event_loop_hurts_nobody() -> None:
     assert log.wait_durable() == 1
 
 
+def test_whoever_waits_for_what_is_let_go_of_is_told() -> None:
+    """As when Ctrl-C meets `close` while it waits: what is pending is never written, and no coroutine waits for it."""
+    log = simulated(Disk())
+    log.append(1, b"x")
+    log.writer.sync_soon = lambda: None  # type: ignore[method-assign]
+
+    async def wait() -> None:
+        waiting = asyncio.create_task(log.wait_durable_async(1))
+        await asyncio.sleep(0)
+        log.writer.abandon()
+        with pytest.raises(LogPoisoned, match="was closed"):
+            await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(wait())
+
+
+def test_how_long_syncs_took_is_counted() -> None:
+    log = simulated(Disk())
+    for i in range(3):
+        log.append(1, bytes([i]))
+        log.wait_durable()
+    buckets = log.writer.sync_s.buckets()
+    assert buckets[-1] == ("+Inf", float(log.writer.syncs))
+    assert [count for _, count in buckets] == sorted(count for _, count in buckets)
+    assert log.writer.sync_s.total > 0
+
+
 def test_poison_survives_on_disk_as_nothing_lost() -> None:
     disk = Disk(3)
     log = simulated(disk)
