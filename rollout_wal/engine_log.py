@@ -37,6 +37,9 @@ class EngineLog:
         self.state = state
         self._live: dict[Key, tuple[int, int]] = {k: (s.start, s.slot) for k, s in state.streams.items()}
         self._slot_of: dict[int, Key] = {s.slot: k for k, s in state.streams.items() if s.slot >= 0}
+        self._attempts: dict[int, list[int]] = {}
+        for rollout, attempt in state.streams:
+            self._attempts.setdefault(rollout, []).append(attempt)
         self._policy = state.policy
         self._engine = state.engine
         self._clean_above = 0
@@ -118,6 +121,8 @@ class EngineLog:
         previous = self._slot_of.pop(slot, None)
         if previous is not None and previous in self._live:
             self._live[previous] = (self._live[previous][0], -1)
+        if (rollout, attempt) not in self._live:
+            self._attempts.setdefault(rollout, []).append(attempt)
         self._live[rollout, attempt] = (start, slot)
         self._slot_of[slot] = (rollout, attempt)
         return self._append(Bind(slot, rollout, attempt, start))
@@ -144,10 +149,11 @@ class EngineLog:
     def forget(self, rollouts: Iterable[int]) -> int:
         """Say that nobody needs the tokens of these rollouts from this log any longer."""
         gone = set(rollouts)
-        for key in [k for k in self._live if k[0] in gone]:
-            _, slot = self._live.pop(key)
-            if self._slot_of.get(slot) == key:
-                del self._slot_of[slot]
+        for rollout in gone:
+            for attempt in self._attempts.pop(rollout, ()):
+                _, slot = self._live.pop((rollout, attempt))
+                if self._slot_of.get(slot) == (rollout, attempt):
+                    del self._slot_of[slot]
         return self._append(Forget(np.fromiter(gone, np.int64, len(gone))))
 
     # -- cleaning -----------------------------------------------------------------------------------------------

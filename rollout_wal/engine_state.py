@@ -48,6 +48,8 @@ class EngineState:
         self.policy: Policy | None = None
         self.snapshots: dict[Key, Snapshot] = {}
         self.bound: dict[int, Stream] = {}
+        self._attempts: dict[int, set[int]] = {}
+        """Of each rollout that has streams: so that letting go of one does not walk all."""
         self._before_checkpoint: dict[Key, Stream] = {}
         self._columns = 0
         self._rows = 0
@@ -100,6 +102,7 @@ class EngineState:
         if stream is None:
             stream = Stream(bind.rollout, bind.attempt, bind.start, bind.slot)
             self.streams[bind.rollout, bind.attempt] = stream
+            self._attempts.setdefault(bind.rollout, set()).add(bind.attempt)
         previous = self.bound.get(bind.slot)
         if previous is not None and previous is not stream:
             previous.slot = -1
@@ -109,14 +112,25 @@ class EngineState:
 
     def forget(self, rollouts: Iterable[int]) -> None:
         """Drop all attempts of these rollouts."""
-        gone = set(rollouts)
-        for key in [k for k in self.streams if k[0] in gone]:
-            stream = self.streams.pop(key)
-            self.snapshots.pop(key, None)
-            if self.bound.get(stream.slot) is stream:
-                # Rows of the slot are nobody's from here on; those before, in this batch, go down with the stream.
-                del self.bound[stream.slot]
-                self._rebinds.setdefault(stream.slot, []).append((self._rows, None))
+        for rollout in rollouts:
+            for attempt in self._attempts.pop(rollout, ()):
+                self._drop((rollout, attempt))
+
+    def forget_attempt(self, key: Key) -> None:
+        """Drop one attempt."""
+        if (attempts := self._attempts.get(key[0])) is not None and key[1] in attempts:
+            attempts.remove(key[1])
+            if not attempts:
+                del self._attempts[key[0]]
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        stream = self.streams.pop(key)
+        self.snapshots.pop(key, None)
+        if self.bound.get(stream.slot) is stream:
+            # Rows of the slot are nobody's from here on; those before, in this batch, go down with the stream.
+            del self.bound[stream.slot]
+            self._rebinds.setdefault(stream.slot, []).append((self._rows, None))
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -129,6 +143,9 @@ class EngineState:
             raise corrupt_record("Checkpoint", error) from error
         self._before_checkpoint = {k: s for k, s in self.streams.items() if k in live}
         self.streams = {key: Stream(*key, start, slot) for key, (start, slot) in live.items()}
+        self._attempts = {}
+        for rollout, attempt in self.streams:
+            self._attempts.setdefault(rollout, set()).add(attempt)
         self.bound = {s.slot: s for s in self.streams.values() if s.slot >= 0}
         # Until its Carry has been read, a stream keeps what the older segments said, if they are still there.
         for key, earlier in self._before_checkpoint.items():

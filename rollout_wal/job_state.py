@@ -6,7 +6,7 @@ Records that the state does not allow (a Finish of an attempt that was supersede
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -116,6 +116,18 @@ class CohortState:
     released: int = 0
     released_members: set[int] = field(default_factory=set)
     """Indexes of released members, kept only until all are: then the count says it."""
+    # Members by id, in the order they began: so that nobody who asks for a cohort's walks all that there are.
+    members: dict[int, Rollout] = field(default_factory=dict)
+    """Those that were not released."""
+    unused: dict[int, Rollout] = field(default_factory=dict)
+    """Of these, those that were not consumed: they come out, or come out again."""
+    running: dict[int, Rollout] = field(default_factory=dict)
+    """Of these, those that have not ended."""
+
+    @property
+    def used(self) -> int:
+        """How many members do not come again: consumed or released."""
+        return self.begun - len(self.unused)
 
     @property
     def in_flight(self) -> int:
@@ -129,11 +141,18 @@ class CohortState:
 
 
 class JobState:
-    """Apply the frames of a job log in order."""
+    """Apply the frames of a job log in order.
+
+    What it holds of a rollout goes with its Release. Of a cohort its counts stay for ever: they are what makes a
+    repeated call safe.
+    """
 
     def __init__(self) -> None:
         self.rollouts: dict[int, Rollout] = {}
+        self.in_flight: dict[int, Rollout] = {}
+        """Of these, those that have not ended, in the order they began."""
         self.cohorts: dict[int, CohortState] = {}
+        self._by_name: dict[str, CohortState] = {}
         self.engine: dict[str, Any] | None = None
         self.policy: Policy | None = None
         self.next_rollout = 1
@@ -141,7 +160,12 @@ class JobState:
         self._carried = 0
 
     def cohort_named(self, name: str) -> CohortState | None:
-        return next((c for c in self.cohorts.values() if c.record.name == name), None)
+        return self._by_name.get(name)
+
+    @property
+    def next_cohort(self) -> int:
+        """The number of the next cohort: they are given in order, so the last is the highest."""
+        return next(reversed(self.cohorts), 0) + 1
 
     def apply(self, frame_type: int, payload: bytes | memoryview, flags: int = 0) -> None:
         """Raises LogTooNew: a record of an unknown type that may not be skipped."""
@@ -165,7 +189,8 @@ class JobState:
                             remedy="Report this with the log: its frames are intact, so the writer is at fault",
                         )
                     )
-                self.rollouts, self.cohorts = shadow.rollouts, shadow.cohorts
+                self.rollouts, self.in_flight = shadow.rollouts, shadow.in_flight
+                self.cohorts, self._by_name = shadow.cohorts, shadow._by_name
                 self.engine, self.policy, self.next_rollout = shadow.engine, shadow.policy, shadow.next_rollout
         elif frame_type in _DECODERS or not flags & FLAG_IGNORABLE:
             self._shadow = None  # a checkpoint that a crash cut short: what it repeats is still in the segments before
@@ -175,7 +200,8 @@ class JobState:
         """One record's effect."""
         match record:
             case CohortRecord():
-                self.cohorts.setdefault(record.cohort, CohortState(record))
+                if record.cohort not in self.cohorts:
+                    self._add_cohort(CohortState(record))
             case Begin():
                 self._begin(record)
             case Attempt():
@@ -189,9 +215,11 @@ class JobState:
                 r = self.rollouts.get(record.rollout)
                 if r and r.status is Status.IN_FLIGHT and record.attempt == r.attempt:
                     r.finish = record
+                    self._ended(r)
             case Censor():
                 if (r := self.rollouts.get(record.rollout)) and r.status is Status.IN_FLIGHT:
                     r.censor = record
+                    self._ended(r)
             case Delivered():
                 self._delivered(record)
             case Consumed():
@@ -207,13 +235,24 @@ class JobState:
 
     # -- effects ------------------------------------------------------------------------------------------------
 
+    def _add_cohort(self, cohort: CohortState) -> None:
+        self.cohorts[cohort.record.cohort] = cohort
+        self._by_name.setdefault(cohort.record.name, cohort)
+
     def _begin(self, record: Begin) -> None:
         if record.rollout in self.rollouts:
             return
-        self.rollouts[record.rollout] = Rollout(record)
-        self.next_rollout = max(self.next_rollout, record.rollout + 1)
+        r = Rollout(record)
+        self.rollouts[r.id] = self.in_flight[r.id] = r
+        self.next_rollout = max(self.next_rollout, r.id + 1)
         if cohort := self.cohorts.get(record.cohort):
             cohort.begun += 1
+            cohort.members[r.id] = cohort.unused[r.id] = cohort.running[r.id] = r
+
+    def _ended(self, r: Rollout) -> None:
+        self.in_flight.pop(r.id, None)
+        if cohort := self.cohorts.get(r.begin.cohort):
+            cohort.running.pop(r.id, None)
 
     def _delivered(self, record: Delivered) -> None:
         for rollout in record.rollouts.tolist():
@@ -234,13 +273,17 @@ class JobState:
                 r.consumed = (record.epoch, record.step)
                 if cohort := self.cohorts.get(r.begin.cohort):
                     cohort.consumed += 1
+                    cohort.unused.pop(r.id, None)
 
     def _release(self, record: Release) -> None:
         for rollout in record.rollouts.tolist():
             r = self.rollouts.pop(rollout, None)
             if r is None:
                 continue
+            self._ended(r)
             if cohort := self.cohorts.get(r.begin.cohort):
+                cohort.members.pop(r.id, None)
+                cohort.unused.pop(r.id, None)
                 cohort.released += 1
                 cohort.released_members.add(r.begin.index)
                 if cohort.complete:
@@ -250,12 +293,9 @@ class JobState:
 
     def checkpoint(self) -> list[Record]:
         """The records that repeat this state."""
-        members: defaultdict[int, list[Rollout]] = defaultdict(list)
-        for r in self.rollouts.values():
-            members[r.begin.cohort].append(r)
         cohorts = []
-        for number, c in self.cohorts.items():
-            live = members[number]
+        for c in self.cohorts.values():
+            live = list(c.members.values())
             gone = Counter(r.censor.reason for r in live if r.delivered and r.censor is not None)
             cohorts.append(
                 [
@@ -282,8 +322,10 @@ class JobState:
         """Raises LogCorruptInput: no state of a checkpoint."""
         try:
             for record, begun, delivered, censored, consumed, released, members in state["cohorts"]:
-                self.cohorts[record[0]] = CohortState(
-                    CohortRecord(*record), begun, delivered, Counter(censored), consumed, released, set(members)
+                self._add_cohort(
+                    CohortState(
+                        CohortRecord(*record), begun, delivered, Counter(censored), consumed, released, set(members)
+                    )
                 )
             self.next_rollout = state["next_rollout"]
             self.engine = state["engine"]
