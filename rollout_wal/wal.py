@@ -12,39 +12,28 @@ Every method that changes something appends a record and returns its LSN at once
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .balance import Balance, CohortCount, JobMark
 from .engine_log import EngineLog
+from .engine_logs import engine_names, engine_path, io_errors_named, open_engine_log
 from .engine_state import Key
 from .engines.base import EngineInfo, FinishReason
-from .errors import (
-    ArchitectureMismatch,
-    BadInput,
-    CohortMismatch,
-    LogOwned,
-    LogPoisoned,
-    TokenizerMismatch,
-    UndeclaredWeights,
-    UnknownRollout,
-    problem,
-)
+from .errors import BadInput, CohortMismatch, UnknownRollout, problem
 from .job_state import CohortState, JobState, Rollout, Status
 from .log.log import JOB_LOG, Log
 from .log.policy import SyncPolicy
 from .log.segment import Frame
 from .params import SamplingParams
 from .prompts import check_prompt
+from .provenance import check_engine, check_follows, engine_record
 from .records import (
     Attempt,
     Begin,
@@ -62,54 +51,10 @@ from .records import (
 from .stream import Stream
 from .tokens import Tokens, assemble
 
-_ENGINE_NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+__all__ = ["Balance", "CohortCount", "JobMark", "RolloutWal", "open_engine_log"]
+
 _CLEAN_SEGMENTS: Final = 4
 _CLEAN_FACTOR: Final = 2
-#: How long an engine may take to end after its backend is dead, before it is fenced: it notices between two steps.
-_ORPHAN_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class JobMark:
-    """A place in a job's log."""
-
-    job: str
-    """Identity of the log, hex."""
-    lsn: int
-    """Everything up to it is durable."""
-
-
-@dataclass(frozen=True, slots=True)
-class CohortCount:
-    """How much of a cohort there still is."""
-
-    size: int
-    gone: int
-    """Consumed or released: they do not come again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """The cohort balance (all cohorts together): begun = delivered + in_flight + sum(censored.values())."""
-
-    begun: int
-    delivered: int
-    in_flight: int
-    censored: Mapping[str, int]
-    consumed: int
-    released: int
-
-    @property
-    def holds(self) -> bool:
-        """Every rollout is accounted for exactly once."""
-        return self.begun == self.delivered + self.in_flight + sum(self.censored.values())
-
-    def __str__(self) -> str:
-        censored = ", ".join(f"{n} {reason}" for reason, n in sorted(self.censored.items())) or "0"
-        return (
-            f"begun {self.begun} = delivered {self.delivered} + in flight {self.in_flight} + censored {censored}"
-            f"; consumed {self.consumed}, released {self.released}"
-        )
 
 
 class RolloutWal:
@@ -154,7 +99,7 @@ class RolloutWal:
             state.apply(frame.type, frame.payload, frame.flags)
 
         sync = policy or SyncPolicy()
-        with _io_errors_named(root / "job"):
+        with io_errors_named(root / "job"):
             log = Log.open(
                 root / "job",
                 kind=JOB_LOG,
@@ -176,19 +121,10 @@ class RolloutWal:
 
     def engine_path(self, name: str) -> Path:
         """Where the engine log of this name lives. Raises BadInput: not a plain name."""
-        if not _ENGINE_NAME.match(name):
-            raise BadInput(
-                problem(
-                    f"engine name {name!r} is not a plain name",
-                    consequence="It would become a file path, so no log was opened",
-                    remedy="Use letters, digits, '.', '_' and '-', at most 64 of them",
-                )
-            )
-        return self.path / "engines" / name
+        return engine_path(self.path, name)
 
     def engine_names(self) -> list[str]:
-        engines = self.path / "engines"
-        return sorted(p.name for p in engines.iterdir() if p.is_dir()) if engines.is_dir() else []
+        return engine_names(self.path)
 
     def engine_log(self, name: str = "0", **options: Any) -> EngineLog:
         """The engine log of an engine in this process. It is yours to close. Options are those of EngineLog.open."""
@@ -208,7 +144,7 @@ class RolloutWal:
         """
         path = self.engine_path(name)
         self.log.fence.check()
-        with _io_errors_named(path):
+        with io_errors_named(path):
             log = open_engine_log(path, self.segment_bytes, self.policy, take_over=take_over)
             self._absorb(log)
 
@@ -232,27 +168,9 @@ class RolloutWal:
             ArchitectureMismatch, TokenizerMismatch: the log holds rollouts of another model.
             UndeclaredWeights: these are not the weights of the logged policy version.
         """
-        logged = self.state.engine
-        if logged is not None:
-            _same("architecture", logged["architecture_digest"], info.architecture_digest, ArchitectureMismatch)
-            _same("tokenizer", logged["tokenizer_digest"], info.tokenizer_digest, TokenizerMismatch)
-            _same("chat template", logged["chat_template_digest"], info.chat_template_digest, TokenizerMismatch)
-        plain = {**asdict(info), "eos_token_ids": list(info.eos_token_ids), "extras": dict(info.extras)}
-        # The weights' digest lives in the Policy records: it changes with every update.
-        plain.pop("weights_digest")
-        policy = self.state.policy
-        if policy is not None and policy.weights_digest != info.weights_digest:
-            raise UndeclaredWeights(
-                problem(
-                    f"the engine's weights have digest {info.weights_digest}, but policy version {policy.version} "
-                    f"was logged with {policy.weights_digest}" + (f" from {policy.source}" if policy.source else ""),
-                    consequence="Tokens would be attributed to weights that did not produce them, so nothing was begun",
-                    remedy="Bring the logged weights back; new ones are declared with update_weights(..., version), "
-                    "while the logged ones are in force",
-                )
-            )
-        if logged != plain:
-            self._append(Engine(plain))
+        check_engine(info, self.state.engine, self.state.policy)
+        if self.state.engine != (record := engine_record(info)):
+            self._append(Engine(record))
         self.info = info
 
     def declare_policy(self, version: int, weights_digest: str, source: str = "") -> int:
@@ -264,14 +182,7 @@ class RolloutWal:
         current = self.state.policy
         if current is not None and (version, weights_digest) == (current.version, current.weights_digest):
             return self.log.writer.last_lsn
-        if current is not None and version <= current.version:
-            raise BadInput(
-                problem(
-                    f"policy version {version} does not follow the logged version {current.version}",
-                    consequence="The weights were not changed",
-                    remedy=f"Pass a version of {current.version + 1} or later",
-                )
-            )
+        check_follows(version, current)
         return self._append(Policy(version, weights_digest, source))
 
     # -- rollouts -----------------------------------------------------------------------------------------------
@@ -284,7 +195,7 @@ class RolloutWal:
         """
         known = self.state.cohort_named(name)
         if known is None:
-            number = max(self.state.cohorts, default=0) + 1
+            number = self.state.next_cohort
             self._append(Cohort(number, name, digest, size))
             return self.state.cohorts[number]
         if (known.record.digest, known.record.size) != (digest, size):
@@ -443,7 +354,7 @@ class RolloutWal:
 
     def in_flight(self) -> list[Rollout]:
         """Begun, and neither finished nor censored."""
-        return [r for r in self.state.rollouts.values() if r.status is Status.IN_FLIGHT]
+        return list(self.state.in_flight.values())
 
     def undelivered(self) -> list[Rollout]:
         """Finished or censored and not consumed: to be delivered, or delivered again after a restart."""
@@ -468,11 +379,7 @@ class RolloutWal:
 
     def cohorts(self) -> dict[str, CohortCount]:
         """Every cohort by name, those included that are wholly used."""
-        used = Counter(r.begin.cohort for r in self.state.rollouts.values() if r.consumed is not None)
-        return {
-            c.record.name: CohortCount(c.record.size, c.released + used[number])
-            for number, c in self.state.cohorts.items()
-        }
+        return {c.record.name: CohortCount(c.record.size, c.used) for c in self.state.cohorts.values()}
 
     def clean(self) -> int:
         """Repeat what is live in a new segment and unlink the older ones, when it is worth it.
@@ -539,45 +446,3 @@ class RolloutWal:
         for rollout in ids:
             self.rollout(rollout)
         return np.asarray(ids, np.int64)
-
-
-def open_engine_log(
-    path: Path, segment_bytes: int, policy: SyncPolicy, *, take_over: bool = False, patience_s: float = _ORPHAN_S
-) -> EngineLog:
-    """Own an engine log. For the owner of its job alone: whatever else holds it is left over from a dead backend.
-
-    Such an engine ends by itself within a step; one that has not when the patience is over hangs, and is fenced.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return EngineLog.open(path, segment_bytes=segment_bytes, policy=policy, take_over=take_over)
-        except LogOwned:
-            take_over = time.monotonic() > deadline
-            time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def _io_errors_named(path: Path) -> Iterator[None]:
-    """An I/O error while a log is opened, as one that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise LogPoisoned(
-            problem(
-                f"the log {path} cannot be opened: {error}",
-                consequence="Nothing was changed, and everything acknowledged is still in it",
-                remedy="Cure the disk (space, quota, permissions, device), then start again",
-            )
-        ) from error
-
-
-def _same(what: str, logged: str, now: str, error: type[ArchitectureMismatch | TokenizerMismatch]) -> None:
-    if logged != now:
-        raise error(
-            problem(
-                f"the log was written with {what} {logged}, but this engine has {now}",
-                consequence="Resumed rollouts would mix two models, so nothing was begun",
-                remedy="Use the model that the log was begun with, or begin a new log directory",
-            )
-        )
