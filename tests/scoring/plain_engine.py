@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
 
 from rollout_wal import __version__
 from scoring.teachers.engine.rows import Ask, Rows, head_pieces
@@ -35,14 +34,17 @@ class PlainRunner:
         self._options = config["options"]
         if "fail" in self._options:
             raise ValueError(self._options["fail"])
+        self._queue: deque[tuple[int, Any, Rows]] = deque()
+        self._vocabulary, self._dtype = config["vocabulary"], config["dtype"]
+        if "describe" in self._options:  # to be refused for what it says
+            return
+        from transformers import AutoModelForCausalLM
+
         dtype = getattr(torch, config["dtype"])
         self._model: Any = AutoModelForCausalLM.from_pretrained(config["folder"], dtype=dtype).eval()
-        self._vocabulary = config["vocabulary"]
-        self._queue: deque[tuple[int, Any, Rows]] = deque()
 
     def describe(self) -> dict[str, Any]:
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        found = {"rollout_wal": __version__, "device": "cpu", "dtype": dtype, "logits": self._model.config.vocab_size}
+        found = {"rollout_wal": __version__, "device": "cpu", "dtype": self._dtype, "logits": 1000}
         return {**found, **self._options.get("describe", {})}
 
     @property
@@ -64,6 +66,8 @@ class PlainRunner:
         item, ids, rows = self._queue.popleft()
         if self._options.get("die_on") in ids.tolist():
             os.kill(os.getpid(), signal.SIGKILL)
+        from transformers import DynamicCache
+
         cache = DynamicCache(config=self._model.config)
         for start in range(0, len(ids), 7):
             part = ids[None, start : start + 7]

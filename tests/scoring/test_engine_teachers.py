@@ -86,10 +86,21 @@ def test_an_item_that_kills_the_engine_fails_alone(
         check_scores(direct, items[i], found[i], suite.VOCABULARY)
     for item in items[:3]:
         item.token_ids[10] = 299
-    failed = dict(teacher.stream(items))  # one too many: nothing is started for ever
+    starts: list[int] = []
+    teacher._start = _counted(teacher._start, starts)
+    failed = dict(teacher.stream(items))
     assert sorted(failed) == list(range(6))
-    assert all(isinstance(outcome, TeacherFailed) for outcome in failed.values())
+    assert all(isinstance(failed[i], TeacherFailed) for i in range(4))
+    assert len(starts) == 2  # and not one for each
     teacher.close()
+
+
+def _counted(start: Callable[[], Any], starts: list[int]) -> Callable[[], Any]:
+    def counted() -> Any:
+        starts.append(1)
+        return start()
+
+    return counted
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,8 @@ class EngineTeacher:
         doubted: set[int] = set()
         running: dict[int, int] = {}
         deaths = 0
+        if not self._process.alive:
+            self._revive()
         try:
             while waiting or running:
                 if not self._process.alive:
@@ -267,8 +269,7 @@ class EngineTeacher:
     def head(self) -> Tensor:
         """See `Teacher`."""
         if not self._process.alive:
-            self._bury()
-            self._process = self._start()
+            self._revive()
         self._process.send({"head": True})
         shape: list[int] | None = None
         half, pieces = False, bytearray()
@@ -297,6 +298,10 @@ class EngineTeacher:
         if i in doubted or not doubted.isdisjoint(running.values()):
             return False
         return sum(len(items[j].read_ids()) for j in running.values()) < self._window
+
+    def _revive(self) -> None:
+        self._bury()
+        self._process = self._start()
 
     def _bury(self) -> str:
         """End what is left of a dead engine. Returns why it died."""
