@@ -12,6 +12,7 @@ import torch
 
 from rollout_wal.trainers.ledger import write_state
 from rollout_wal.trainers.mopd import results
+from rollout_wal.trainers.mopd.advantages import ADVANTAGE_MAX, weigh
 from rollout_wal.trainers.mopd.checkpoint import drop_older, last_checkpoint, load_checkpoint, save_checkpoint
 from rollout_wal.trainers.mopd.config import Job, StudentConfig
 from rollout_wal.trainers.mopd.kills import draw_kills
@@ -105,6 +106,18 @@ def test_a_checkpoint_gives_back_weights_moments_and_state_and_half_of_one_is_pa
     assert torch.equal(model.bias, other.bias)
     write_state(tmp_path / "000012", {"batches": 12})
     assert last_checkpoint(tmp_path) == tmp_path / "000012"
+
+
+def test_a_sequence_counts_up_to_its_first_rejected_token_and_places_are_compared_within_a_domain() -> None:
+    """Prompts of one and two tokens; the first domain has two sequences, the second domain one."""
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    opinion = torch.tensor([[0.0, 1.0, -15.0, 2.0], [0.5, -1.0, 0.25, 0.0], [9.0, -0.5, 0.0, 0.0]])
+    first = torch.tensor([[True], [True], [False]]).expand(3, 4)
+    advantage, kept = weigh(opinion, mask, [first, ~first])
+    assert kept.tolist() == torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]]).bool().tolist()
+    # Places: 1.0 beside 0.5, -3 beside -1, 0.25 alone; the second domain's tokens are each alone.
+    assert advantage[kept].tolist() == [0.25, -1.0, -0.25, 1.0, 0.0, 0.0, 0.0]
+    assert float(weigh(opinion[2:], mask[2:], [])[0][0, 0]) == ADVANTAGE_MAX
 
 
 def test_kills_follow_from_the_seed_and_the_unkilled_arm_has_none() -> None:

@@ -46,6 +46,7 @@ from ...demo.killer import BackendKiller, KillSchedule
 from ...errors import ProvenanceError, problem
 from ...params import SamplingParams
 from ..ledger import TrainerLedger
+from .advantages import weigh
 from .checkpoint import drop_older, last_checkpoint, load_checkpoint, save_checkpoint
 from .config import Job
 from .lifeline import die_with_parent
@@ -55,8 +56,6 @@ from .tasks import DOMAINS, Problem, problems, reward
 METRICS = "metrics.jsonl"
 PRECISION = "mxfp4"
 _TOP = 4
-#: A specialist is so sure of itself that its opinion of a wrong token is -15 nats: such tokens would be all there is.
-_ADVANTAGE_MAX = 3.0
 _STRIDE = 1 << 20  # problems that a seed may use up in a domain
 
 
@@ -281,17 +280,9 @@ class Student:
             )
         mask_BT = mask_BT & scored_BT & padded.masks["logprobs"][:, 1:]
         opinion_BT = opd_advantages(teacher_BT, logprob_BT, mask_BT)
-        advantage_BT = opinion_BT.clamp(-_ADVANTAGE_MAX, _ADVANTAGE_MAX)
-        # Less its mean over tokens at the same place of an answer in the same domain: all but no bias, and much less
-        # variance. What the end of sequence deserves says nothing of a first digit.
-        place_BT = mask_BT.cumsum(1)
-        for group in groups:
-            mine_BT = mask_BT & padded.masks[f"{group}.logprobs"][:, 1:]
-            for place in range(1, MAX_ANSWER_TOKENS + 1):
-                here_BT = mine_BT & (place_BT == place)
-                if here_BT.any():
-                    advantage_BT = torch.where(here_BT, advantage_BT - advantage_BT[here_BT].mean(), advantage_BT)
-        loss = masked_importance_loss(logprob_BT, padded.columns["logprobs"][:, 1:], advantage_BT, mask_BT)
+        domains = [padded.masks[f"{group}.logprobs"][:, 1:] for group in groups]
+        advantage_BT, kept_BT = weigh(opinion_BT, mask_BT, domains)
+        loss = masked_importance_loss(logprob_BT, padded.columns["logprobs"][:, 1:], advantage_BT, kept_BT)
         return loss, -float(opinion_BT[mask_BT].mean())
 
     def learning_rate(self, number: int) -> float:
