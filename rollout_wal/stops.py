@@ -26,6 +26,9 @@ class StopWatch:
         self._tokenizer: Any = None
         self._watched: dict[int, tuple[tuple[str, ...], int, int]] = {}
 
+    def __len__(self) -> int:
+        return len(self._watched)
+
     def __contains__(self, rollout: int) -> bool:
         return rollout in self._watched
 

@@ -11,17 +11,15 @@ Kill any of it at any time and start it again: the same rollouts go on, and come
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import queue
 import signal
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import msgpack
 from numpy.typing import ArrayLike
 
 from ..engines.base import EngineInfo
@@ -30,17 +28,17 @@ from ..errors import BadInput, LogError, problem
 from ..kv.snapshots import KvConfig
 from ..log.policy import SyncPolicy
 from ..params import SamplingParams
-from ..prompts import check_prompt, cohort_digest, rollout_seed
+from ..provenance import check_follows
 from ..wal import Balance, CohortCount, JobMark, RolloutWal
-from .coordinator import Coordinator, Stats
+from .coordinator import Coordinator
 from .finished import FinishedRollout
-from .outlet import Item, Outlet
+from .outlet import Drain, Item, Outlet
 from .poison import PoisonRule
 from .progress import Progress
 from .spec import EngineSpec
+from .stats import Stats
+from .submission import Names, Noise, Submission
 from .weights import drop_weights, save_weights
-
-Noise = Literal["position", "attempt"]
 
 
 class RolloutBackend(AbstractContextManager["RolloutBackend"]):
@@ -115,7 +113,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         }
         self._coordinator: Coordinator | None = None
         self._wal: RolloutWal | None = None
-        self._named: set[str] = set()
+        self._names = Names()
 
     def _kv_config(self, kv: KvConfig | str | os.PathLike[str] | None) -> KvConfig | None:
         if kv is None or isinstance(kv, KvConfig):
@@ -205,8 +203,10 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         """
         items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         outlet = Outlet(items.put)
-        number = self._submit(outlet, prompts, sampling, group_size, seed, cohort, metadata, noise)
-        return self._drain(outlet, number, items, len(prompts) * group_size, progress)
+        self._submit(outlet, prompts, sampling, group_size, seed, cohort, metadata, noise)
+        total = len(prompts) * group_size
+        shown = Progress(self.stats, total, already=total - outlet.expected) if progress else None
+        return self._drain(outlet, items, shown=shown)
 
     async def generate_async(
         self,
@@ -224,16 +224,15 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         items: asyncio.Queue[Item] = asyncio.Queue()
         outlet = Outlet(lambda item: _to_loop(loop, items, item))
         c = self._running()
-        number = await asyncio.to_thread(
-            self._submit, outlet, prompts, sampling, group_size, seed, cohort, metadata, noise
-        )
         try:
+            await asyncio.to_thread(self._submit, outlet, prompts, sampling, group_size, seed, cohort, metadata, noise)
             while (item := await items.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            c.post(lambda: c.detach(number, outlet))
+            # Also when it was cancelled while it still submitted, which goes on in its thread.
+            c.post(lambda: c.handover.detach(outlet))
 
     def again(self, cohort: str) -> Iterator[FinishedRollout]:
         """What is left of a cohort that is in the log: all of it that was not consumed or released, as it finishes.
@@ -245,7 +244,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         outlet = Outlet(items.put)
 
-        def attach() -> tuple[int, int]:
+        def attach() -> None:
             state = c.wal.state.cohort_named(cohort)
             if state is None:
                 raise BadInput(
@@ -255,11 +254,10 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
                         remedy="Use a name that cohorts() lists",
                     )
                 )
-            c.attach(state.record.cohort, outlet)
-            return state.record.cohort, outlet.expected
+            c.handover.attach(state.record.cohort, outlet)
 
-        number, expected = c.call(attach)
-        return self._drain(outlet, number, items, expected, progress=False)
+        c.call(attach)
+        return self._drain(outlet, items)
 
     def consumed(self, rollouts: Iterable[int], *, epoch: int, step: int, release: bool = True) -> None:
         """Optimizer step `step` used them: they are never delivered again. Durable when this returns.
@@ -309,7 +307,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
             ArchitectureMismatch, BadInput, BackendError: the old weights stay in force everywhere.
         """
         c, version = self._running(), int(version)
-        c.check_version(version)
+        check_follows(version, c.wal.state.policy, same=True)
         saved = self._path / "weights"
         if isinstance(source, Mapping):
             source = save_weights(source, saved, version, like=self._spec.model)
@@ -365,9 +363,12 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
     def in_flight(self, cohort: str) -> list[int]:
         """Rollouts of a cohort that are neither finished nor censored."""
         c = self._running()
-        return c.call(
-            lambda: [r.id for r in c.wal.in_flight() if c.wal.state.cohorts[r.begin.cohort].record.name == cohort]
-        )
+
+        def find() -> list[int]:
+            state = c.wal.state.cohort_named(cohort)
+            return list(state.running) if state is not None else []
+
+        return c.call(find)
 
     def members(self, cohort: str) -> dict[int, int]:
         """Rollout ids by index: the members of a cohort that have begun and were neither consumed nor released."""
@@ -375,26 +376,29 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
 
         def find() -> dict[int, int]:
             state = c.wal.state.cohort_named(cohort)
-            number = state.record.cohort if state is not None else -1
-            of_cohort = (r for r in c.wal.state.rollouts.values() if r.begin.cohort == number)
-            return {r.begin.index: r.id for r in of_cohort if r.consumed is None}
+            return {r.begin.index: r.id for r in state.unused.values()} if state is not None else {}
 
         return c.call(find)
 
     def worker_pids(self) -> dict[str, int]:
         """Process ids by worker name."""
         c = self._running()
-        return c.call(c.worker_pids)
+        return c.call(c.fleet.pids)
 
     def worker_steps(self) -> dict[str, tuple[int, int]]:
         """By worker name: how often it was started, and its engine steps since."""
         c = self._running()
-        return c.call(c.worker_steps)
+        return c.call(c.fleet.steps)
 
     def kill_worker(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to a worker, to see what happens then."""
         c = self._running()
-        c.call(lambda: c.kill(name, number))
+        c.call(lambda: c.fleet.signal(name, number))
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """For this package's own metrics and tests; None while it is closed."""
+        return self._coordinator
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -419,122 +423,34 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         cohort: str | None,
         metadata: Sequence[Mapping[str, Any]] | None,
         noise: Noise,
-    ) -> int:
-        """Begin what has not begun, durably, and attach the outlet. Returns the cohort's number.
-
-        Whatever could be wrong is found before anything is logged.
-        """
+    ) -> None:
+        """Begin what has not begun, durably, and attach the outlet."""
         c = self._running()
-        size = len(prompts) * group_size
-        if size < 1 or group_size < 1 or (metadata is not None and len(metadata) != len(prompts)):
-            raise BadInput(
-                problem(
-                    f"{len(prompts)} prompts, group_size {group_size}, "
-                    f"{len(metadata) if metadata is not None else 'no'} metadata entries",
-                    consequence="Nothing was begun",
-                    remedy="Pass at least one prompt, a group size of at least 1, and one metadata entry per prompt",
-                )
-            )
-        if noise not in get_args(Noise) or not -(1 << 63) <= seed < 1 << 64:
-            raise BadInput(
-                problem(
-                    f"noise={noise!r} with seed {seed}",
-                    consequence="Nothing was begun",
-                    remedy=f"Use one of {list(get_args(Noise))} and a seed of at most 64 bits",
-                )
-            )
-        checked = [check_prompt(p, c.wal.info) for p in prompts]
-        plain = [_plain(m) for m in metadata] if metadata is not None else None
-        episodes: Episodes | None = self._options["episodes"]
-        turns = episodes.record() if episodes is not None else {}
-        if sampling.stop or turns.get("stop"):
-            c.load_tokenizer()
-        digest = cohort_digest(checked, sampling, group_size=group_size, seed=seed, noise=noise, turns=turns)
-
-        def begin() -> int:
-            name = cohort if cohort is not None else self._unnamed(digest)
-            state = c.wal.begin_cohort(name, digest, size)
-            number = state.record.cohort
-            # A crash in the middle of this loop leaves some begun and none of the others known: they begin now.
-            begun = {r.begin.index for r in c.wal.state.rollouts.values() if r.begin.cohort == number}
-            fresh = [
-                c.wal.begin(
-                    checked[index // group_size],
-                    sampling,
-                    seed=rollout_seed(seed, index),
-                    noise=noise,
-                    cohort=state,
-                    index=index,
-                    group=f"{name}/{index // group_size}",
-                    metadata=plain[index // group_size] if plain is not None else None,
-                    turns=turns,
-                )
-                for index in range(0 if not state.complete else size, size)
-                if index not in begun and index not in state.released_members
-            ]
-            c.wal.wait_durable()
-            c.enqueue(fresh)
-            c.attach(number, outlet)
-            return number
-
-        return c.call(begin)
-
-    def _unnamed(self, digest: str) -> str:
-        """Name a cohort whose caller did not: the k-th call with these contents is the k-th not fully used cohort."""
-        state = self._running().wal.state
-        for ordinal in itertools.count():
-            name = f"{digest}.{ordinal}"
-            known = state.cohort_named(name)
-            used = 0
-            if known is not None:
-                members = (r for r in state.rollouts.values() if r.begin.cohort == known.record.cohort)
-                used = known.released + sum(r.consumed is not None for r in members)
-            if name not in self._named and (known is None or used < known.record.size):
-                break
-        self._named.add(name)
-        return name
-
-    def _drain(
-        self, outlet: Outlet, number: int, items: queue.SimpleQueue[Item], total: int, progress: bool
-    ) -> Iterator[FinishedRollout]:
-        c = self._running()
-        bar: AbstractContextManager[Progress | None] = (
-            Progress(c.stats, total, already=total - outlet.expected) if progress else nullcontext()
+        submission = Submission(
+            prompts,
+            sampling,
+            group_size=group_size,
+            seed=seed,
+            metadata=metadata,
+            noise=noise,
+            info=c.wal.info,
+            episodes=self._options["episodes"],
         )
-        try:
-            with bar as shown:
-                while True:
-                    try:
-                        item = items.get(timeout=0.25 if shown is not None else None)
-                    except queue.Empty:
-                        if shown is not None:
-                            shown.refresh()
-                        continue
-                    if item is None:
-                        return
-                    if isinstance(item, BaseException):
-                        raise item
-                    if shown is not None:
-                        shown.advance()
-                    yield item
-        finally:
-            # Not awaited: the garbage collector may close this iterator on any thread.
-            c.post(lambda: c.detach(number, outlet))
+        if submission.has_stops:
+            c.endings.load_tokenizer()
 
+        def begin() -> None:
+            name = cohort if cohort is not None else self._names.give(c.wal, submission.digest)
+            number, fresh = submission.begin(c.wal, name)
+            c.enqueue(fresh)
+            c.handover.attach(number, outlet)
 
-def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as it will be read back from the log."""
-    try:
-        plain: dict[str, Any] = msgpack.unpackb(msgpack.packb(dict(metadata)), strict_map_key=False)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadInput(
-            problem(
-                f"the metadata {metadata!r:.200} cannot be logged: {error}",
-                consequence="Nothing was begun",
-                remedy="Use strings, numbers, booleans, None, bytes, and lists and mappings of them",
-            )
-        ) from error
-    return plain
+        c.call(begin)
+
+    def _drain(self, outlet: Outlet, items: queue.SimpleQueue[Item], *, shown: Progress | None = None) -> Drain:
+        c = self._running()
+        # Posted, not called: the garbage collector may drop the iterator on any thread.
+        return Drain(items, lambda: c.post(lambda: c.handover.detach(outlet)), shown)
 
 
 def _to_loop(loop: asyncio.AbstractEventLoop, items: asyncio.Queue[Item], item: Item) -> None:

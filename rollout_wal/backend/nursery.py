@@ -66,6 +66,9 @@ class Nursery:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", _START, *arguments], pass_fds=fds, env=env, stdin=subprocess.DEVNULL
                 )
+        except BaseException:
+            ours.close()
+            raise
         finally:
             os.close(backend)
         self._sock = ours

@@ -6,13 +6,13 @@ alone: suspects run one at a time, in a worker of their own, until they get past
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 
 from ..job_state import Rollout
 from .pool import WorkerHandle
+from .waiting import Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Quarantine:
 
     def __init__(self, rule: PoisonRule) -> None:
         self._rule = rule
-        self.waiting: deque[int] = deque()
+        self.waiting = Waiting()
         """Suspects that wait for a worker of their own."""
         self._alone: dict[str, tuple[int, int]] = {}
         self._died_alone: set[int] = set()
@@ -83,6 +83,11 @@ class Quarantine:
                 return True
         del self._alone[worker.name]
         return False
+
+    def over(self, rollout: int) -> None:
+        """It has ended: nothing is held against it."""
+        self.waiting.remove(rollout)
+        self._died_alone.discard(rollout)
 
     def died(self, worker: WorkerHandle) -> None:
         """The worker is dead, and what ran in it is still listed."""

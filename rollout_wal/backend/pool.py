@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..engine_state import EngineState
 from ..errors import RolloutWalError
+from ..log.report import Reported
 from ..log.segment import Frame
 from ..records import Bind, RecordType
 from ..step import decode_step
@@ -50,12 +52,15 @@ class WorkerHandle:
         """When it said that it is done (monotonic seconds)."""
         self.steps = 0
         self.lag_bytes = 0
+        self.writer = Reported()
+        """Its log's numbers, over all the processes that it had."""
 
     def born(self, child: Child, sock: socket.socket) -> None:
         self.child, self.channel = child, Channel(sock)
         self.state = WorkerState.STARTING
         self.mirror = EngineState()
         self.failure = None
+        self.stopped_at = 0.0
         self.starts += 1
         self.steps = 0
 
@@ -68,6 +73,11 @@ class WorkerHandle:
         if self.child is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.child.pidfd, number)
+
+    def stopping(self) -> None:
+        """It has said that it is done, and is given nothing more. Its process may still hang while it ends."""
+        self.state = WorkerState.STOPPING
+        self.stopped_at = time.monotonic()
 
     def dead(self, timeout_s: float = 0.0) -> bool:
         """Whether the process has ended; waits for it at most that long."""
@@ -105,6 +115,4 @@ class WorkerHandle:
     def forget(self, keys: Iterable[tuple[int, int]]) -> None:
         """Let go of attempts that nobody needs any more. Rows of them that still arrive are nobody's."""
         for key in keys:
-            stream = self.mirror.streams.pop(key, None)
-            if stream is not None and self.mirror.bound.get(stream.slot) is stream:
-                del self.mirror.bound[stream.slot]
+            self.mirror.forget_attempt(key)

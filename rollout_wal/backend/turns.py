@@ -23,6 +23,7 @@ class Turns:
         self._wal = wal
         self._episodes = episodes
         self._calling: dict[int, int] = {}
+        self._releasing: set[int] = set()
         self._closing = False
         self._dispatcher = Dispatcher(
             episodes,
@@ -91,6 +92,7 @@ class Turns:
         while waiting:
             answer = waiting.popleft()
             if isinstance(answer, Released):
+                self._releasing.discard(answer.rollout)
                 yield answer
             elif self._calling.get(answer.rollout) == answer.position:
                 del self._calling[answer.rollout]
@@ -104,8 +106,13 @@ class Turns:
         """The rollout is over: whether its tools must let go of it first. An answer will say that they have."""
         if not self._dispatcher.knows(rollout) or self._closing:
             return False
+        self._releasing.add(rollout)
         self._dispatcher.release(rollout)
         return True
+
+    def releasing(self, rollout: int) -> bool:
+        """Whether its tools have still to let go of it."""
+        return rollout in self._releasing
 
     def stop_dispatching(self) -> None:
         """From here on calls are left for the next start."""

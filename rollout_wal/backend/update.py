@@ -36,6 +36,11 @@ class WeightsUpdate:
         if version == self.version and worker.name in self._asked:
             self._digests[worker.name] = digest
 
+    def unprepared(self, version: int, error: BaseException) -> None:
+        """A worker cannot load the weights. It may speak of an earlier update, which was given up."""
+        if version == self.version:
+            self.give_up(error)
+
     def committed(self, worker: WorkerHandle, version: int) -> None:
         if version == self.version and self._committing is not None:
             self._committing.discard(worker.name)

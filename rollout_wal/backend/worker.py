@@ -26,6 +26,7 @@ from ..engines.base import Engine, EngineInfo, Request
 from ..errors import ArchitectureMismatch, BadInput, RolloutWalError
 from ..kv.snapshots import KvConfig, Resumed, Snapshots, Snapshotted
 from ..log.policy import SyncPolicy
+from ..log.report import Reporter
 from ..params import SamplingParams
 from ..records import RecordType
 from ..wal import open_engine_log
@@ -65,12 +66,16 @@ class Worker:
         )
         self._log.state = EngineState()  # the backend has read it
         self._log.held = deque()
+        self._reporter = Reporter(self._log.log.writer)
         policy = config["weights"]  # {"version", "digest", "source"} or None in a new job
         self._engine: Engine = self._spec.build(policy["version"] if policy else config["first_version"])
         if policy and self._engine.info.weights_digest != policy["digest"]:
             self._load_logged(policy)
         self._tells_resumes = bool(config.get("kv"))
         self._kv_over: set[int] = set()
+        """Rollouts that are over here, and not before `_kv_oldest`."""
+        self._kv_oldest = 0
+        """No earlier rollout is in flight anywhere: what is over is remembered one by one only from here on."""
         self._kv = self._open_kv(config["kv"]) if config.get("kv") else None
         self._log.engine(info_message(self._engine.info))
         self._log.policy(
@@ -98,7 +103,9 @@ class Worker:
         begun, resumable = raw["last"], set(raw["alive"])
 
         def alive(rollout: int) -> bool:
-            return rollout not in self._kv_over and (rollout > begun or rollout in resumable)
+            if rollout < self._kv_oldest or rollout in self._kv_over:
+                return False
+            return rollout > begun or rollout in resumable
 
         kv = Snapshots.open(KvConfig(**raw["config"]), self._engine, alive)
         if kv is not None:
@@ -147,7 +154,7 @@ class Worker:
             self._log_snapshots(self._kv.saved())
 
     def _over(self, slot: int) -> None:
-        """The rollout in a slot has ended: its KV is needed no more."""
+        """The rollout in a slot has ended, or was aborted: its KV is needed no more."""
         rollout = self._rollout_at[slot]
         self._free_slot(slot)
         if self._kv is not None:
@@ -173,6 +180,7 @@ class Worker:
             "t": "frames",
             "steps": self._steps,
             "lag_bytes": self._log.log.writer.pending_bytes,
+            "writer": self._reporter.message(),
             "frames": [[f.type, f.flags, f.lsn, bytes(f.payload)] for f in frames],
         }
         if self._witness is not None:
@@ -242,6 +250,9 @@ class Worker:
         self._rollout_at[slot] = message["rollout"]
         self._attempt_of[message["rollout"]] = message["attempt"]
         self._kv_over.discard(message["rollout"])  # its last turn was over, it is not
+        if message["oldest"] > self._kv_oldest:
+            self._kv_oldest = message["oldest"]
+            self._kv_over = {r for r in self._kv_over if r >= self._kv_oldest}
         if self._tells_resumes and len(prefix) and message["cause"] == "resume":
             loaded = max(0, resumed.loaded - len(request.prompt))
             self._channel.send(
@@ -259,7 +270,7 @@ class Worker:
         slot = self._slot_of.get(rollout)
         if slot is not None:
             self._engine.abort(slot)
-            self._free_slot(slot)
+            self._over(slot)
 
     def _free_slot(self, slot: int) -> None:
         rollout = self._rollout_at.pop(slot, None)
@@ -274,12 +285,14 @@ class Worker:
         self._release()
         if self._kv is not None:
             self._kv.before_update(self._slot_of)
+        # Whatever comes of it: a load that failed half-way leaves weights that nobody declared (I6). The backend ends
+        # this process then, and no token may be sampled until it does.
+        self._prepared = message
         try:
             self._engine.load_weights(Path(message["source"]), message["version"])
         except Exception as error:  # a file that is cut short or not there yet: whatever the libraries make of it
             self._channel.send({"t": "unprepared", "version": message["version"], **_told(error)})
             return
-        self._prepared = message
         if self._kv is not None:
             self._kv.updated()
         digest = self._engine.info.weights_digest

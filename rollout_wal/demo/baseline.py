@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend.coordinator import noise_key
 from ..backend.nursery import Nursery
 from ..backend.pool import WorkerHandle
+from ..backend.scheduler import noise_key
 from ..backend.spec import EngineSpec
 from ..backend.wire import Message
 from ..engine_log import EngineLog

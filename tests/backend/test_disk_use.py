@@ -43,7 +43,7 @@ def test_many_cohorts_through_small_segments(
         assert {key[0] for key in c.wal.streams} == {r.id for r in survivors}
         mirrored = {key[0] for w in c._workers for key in w.mirror.streams}
         assert mirrored <= {r.id for r in survivors}
-        assert len(c._stops._watched) == len(c._died_at) == 0
+        assert len(c.endings) == len(c._scheduler._died_at) == 0
     assert tokens * 16 > 8 * SEGMENT  # it would have filled many segments
     # Each of three logs may keep a few segments until a checkpoint is worth it, one in use and one prepared.
     assert max(sizes) < 3 * 10 * SEGMENT

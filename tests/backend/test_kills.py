@@ -26,16 +26,19 @@ SAMPLING = SamplingParams(max_tokens=250)
 
 @contextmanager
 def killer(
-    backend: RolloutBackend, signals: list[int], *, mean_s: float = 0.15, seed: int = 1
+    backend: RolloutBackend, signals: list[int], *, mean_tokens: float = 400, seed: int = 1
 ) -> Iterator[Counter[int]]:
-    """Kills workers that are ready at random instants, in a thread."""
+    """Kills workers that are ready, in a thread, whenever so many tokens have come since the last kill: a schedule in
+    seconds would leave a loaded machine no time to get anywhere."""
     rng = random.Random(seed)
     over = threading.Event()
     killed: Counter[int] = Counter()
 
     def run() -> None:
-        while not over.wait(rng.expovariate(1 / mean_s)):
-            if ready := sorted(backend.worker_steps()):
+        due = 0.0
+        while not over.wait(0.005):
+            if backend.stats.tokens >= due and (ready := sorted(backend.worker_steps())):
+                due = backend.stats.tokens + rng.expovariate(1 / mean_tokens)
                 number = rng.choice(signals)
                 backend.kill_worker(rng.choice(ready), number)
                 killed[number] += 1
@@ -85,7 +88,7 @@ def test_the_nursery_is_replaced_and_outlives_a_notice(
     backend: Callable[..., RolloutBackend], prompts: Any, reference: Any, until: Callable[..., None]
 ) -> None:
     with backend() as b:
-        nursery = b._running()._nursery
+        nursery = b._running().fleet.nursery
         pids = b.worker_pids()
         iterator = b.generate(prompts, SAMPLING, group_size=6, seed=1)
         os.kill(nursery.pid, signal.SIGTERM)  # as a preemption notice to a whole control group does

@@ -92,6 +92,51 @@ def test_closing_an_iterator_aborts_nothing(running: RolloutBackend, prompts: An
     assert running.balance().in_flight == 0
 
 
+def test_an_iterator_that_is_dropped_lets_go(running: RolloutBackend, prompts: Any, until: Callable[..., None]) -> None:
+    """Iterated or not: what came out for it would be kept for as long as the backend lives."""
+    c = running._running()
+    before = c.call(lambda: len(c.handover))
+    del_me = running.generate(prompts, SAMPLING, cohort="dropped")
+    assert c.call(lambda: len(c.handover)) == before + 1
+    del del_me
+    until(lambda: c.call(lambda: len(c.handover)) == before)
+
+    async def run() -> None:
+        async def wait() -> None:
+            async for _ in running.generate_async(prompts, SAMPLING, cohort="cancelled early"):
+                pass
+
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)  # it has begun to submit, in a thread
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    until(lambda: c.call(lambda: len(c.handover)) == before)
+    for cohort in ("dropped", "cancelled early"):
+        use_up(running, list(running.generate(prompts, SAMPLING, cohort=cohort)))
+
+
+def test_what_a_cohort_still_has(running: RolloutBackend, prompts: Any) -> None:
+    assert running.members("none such") == {}
+    assert running.in_flight("none such") == []
+    iterator = running.generate(prompts, SAMPLING, cohort="looked at", group_size=2)
+    members = running.members("looked at")
+    assert sorted(members) == list(range(16))
+    assert set(running.in_flight("looked at")) <= set(members.values())
+    rollouts = list(iterator)
+    assert running.in_flight("looked at") == []
+    running.consumed([r.id for r in rollouts[:5]], epoch=0, step=0, release=False)
+    running.release([rollouts[5].id])
+    assert running.members("looked at") == {r.index: r.id for r in sorted(rollouts[6:], key=lambda r: r.id)}
+    count = running.cohorts()["looked at"]
+    assert (count.size, count.gone) == (16, 6)
+    running.release([r.id for r in rollouts[:5]])
+    use_up(running, rollouts[6:])
+    assert running.members("looked at") == {}
+
+
 def test_the_later_of_two_iterators_takes_a_cohort_over(running: RolloutBackend, prompts: Any) -> None:
     earlier = running.generate(prompts, SAMPLING, cohort="twice", group_size=4)
     later = running.generate(prompts, SAMPLING, cohort="twice", group_size=4)
@@ -262,7 +307,8 @@ def test_an_exception_in_a_command_reaches_its_caller_alone(running: RolloutBack
     use_up(running, rollouts)
 
 
-def test_progress_bar(running: RolloutBackend, prompts: Any) -> None:
+def test_progress_bar(running: RolloutBackend, prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a long number would push the last column out of a narrow screen
     screen = io.StringIO()
     with redirect_stderr(screen):
         rollouts = list(running.generate(prompts, SAMPLING, seed=61, progress=True))
