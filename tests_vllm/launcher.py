@@ -7,6 +7,7 @@ Each line is JSON: {"argv": [...], "env": {...}, "log": path}. Prints the proces
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ def become(server: dict[str, Any]) -> None:
     for source, target in ((nothing, 0), (out, 1), (out, 2)):
         os.dup2(source, target)
     os.environ.update(server["env"])
+    # On a CPU vLLM spawns its engine core, which imports everything anew. Here it is a fork too.
+    method = multiprocessing.get_context
+    multiprocessing.get_context = lambda name=None: method("fork" if name == "spawn" else name)  # type: ignore[assignment]
     sys.argv[1:] = server["argv"]
     main()
 
