@@ -37,7 +37,8 @@ def weigh(opinion_BT: Tensor, mask_BT: Tensor, domains: Sequence[Tensor]) -> tup
     place_BT = kept_BT.cumsum(1)
     for domain_BT in domains:
         mine_BT = kept_BT & domain_BT
-        for place in place_BT[mine_BT].unique():
+        for place in range(1, place_BT.shape[1] + 1):
             here_BT = mine_BT & (place_BT == place)
-            advantage_BT = torch.where(here_BT, advantage_BT - advantage_BT[here_BT].mean(), advantage_BT)
+            if here_BT.any():
+                advantage_BT = torch.where(here_BT, advantage_BT - advantage_BT[here_BT].mean(), advantage_BT)
     return advantage_BT, kept_BT
