@@ -72,6 +72,9 @@ class Queues:
         for jobs in list(self._jobs.values()):
             yield from list(jobs)
 
+    def __contains__(self, teacher: str) -> bool:
+        return teacher in self._jobs
+
     def add(self, job: Job) -> None:
         self._jobs.setdefault(job.teacher, {})[job] = None
         self._tokens[job.teacher] = self._tokens.get(job.teacher, 0) + job.tokens

@@ -109,6 +109,7 @@ class Scheduler:
         self._crash: BaseException | None = None
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        self._unit_task: asyncio.Task[None] | None = None
 
     @property
     def failures(self) -> dict[str, str]:
@@ -125,9 +126,10 @@ class Scheduler:
     async def stop(self) -> None:
         """Stop at once; whoever still waits gets SchedulerFailed. To lose nothing, wait for `idle` first."""
         self._stopping = True
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._unit_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_all(_stopped())
         for pool in (self._compute, self._disk):
             await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)
@@ -227,10 +229,11 @@ class Scheduler:
             raise self.overloaded(f"{self.queued_tokens} tokens are queued of {self.limits.max_queued_tokens}")
         else:
             job = self._jobs[key] = Job(key, teacher, tokens, self._clock(), item)
+            if self.busy is None or teacher not in self._queues:
+                self._wake.set()  # otherwise it changes nothing before the unit is done
             self._queues.add(job)
             self.queued_tokens += tokens
             self.residency.arrived(teacher, job.arrived_s)
-            self._wake.set()
         self.counters.accepted_items += 1
         waiter = Waiter(item, asyncio.get_running_loop().create_future(), deadline_s)
         job.waiters.append(waiter)
@@ -271,49 +274,54 @@ class Scheduler:
 
     async def _run(self) -> None:
         for teacher in sorted(self.residency.pinned):
-            self.room.begin(teacher, {})
+            self.room.begin(teacher)
             await self.room.wait()
         while True:
-            self._drop_dead()
-            queues, now = self._queues.waiting(), self._clock()
-            teacher_id = self.residency.next_teacher(queues, now)
-            if teacher_id is not None and teacher_id not in self.room.teachers:
-                self.room.begin(teacher_id, queues)
-                teacher_id = self.residency.next_teacher(queues, now, self.room.teachers)
-            if teacher_id is None:
-                due = self.residency.next_due_s(queues) - now if not self.room.loading else None
-                await self._pause(due if queues else None)
-                continue
-            if (ahead := self.residency.next_load(queues, now, teacher_id)) is not None:
-                self.room.begin(ahead, queues, {*queues, teacher_id})
-            await self._unit(teacher_id)
+            if self.busy is None:
+                self._drop_dead()
+            if self._unit_task is not None and self._unit_task.done():
+                done, self._unit_task = self._unit_task, None
+                done.result()
+            working = None if self.busy is None else self.busy[0]
+            now = self._clock()
+            plan = self.residency.plan(self._queues.waiting(), now, loading=self.room.loading, busy=working)
+            if plan.load is not None:
+                self.room.begin(plan.load, plan.evict)
+            if plan.work is not None:
+                self._begin(plan.work, now)
+            await self._pause(plan.again_s - now)
 
-    async def _pause(self, until_due_s: float | None) -> None:
-        """Until something arrives, a teacher is loaded, or work becomes due."""
+    async def _pause(self, until_due_s: float) -> None:
+        """Until something arrives, a teacher is loaded, a unit is done, or a load becomes due."""
         idle = not self._jobs
         # Deadlines pass while the work waits for more; whoever waits for them hears of it soon.
-        timeout = None if idle else max(0.001, min(0.25, 0.25 if until_due_s is None else until_due_s))
+        timeout = None if idle else max(0.001, min(0.25 if self.busy is None else 60.0, until_due_s))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), timeout)
+            async with asyncio.timeout(timeout):  # not wait_for: it may swallow a cancellation
+                await self._wake.wait()
         self._wake.clear()
         if idle and self.limits.linger_s:
             await asyncio.sleep(self.limits.linger_s)
 
-    async def _unit(self, teacher_id: str) -> None:
-        """Compute a unit of a teacher's work."""
+    def _begin(self, teacher_id: str, now_s: float) -> None:
+        """A unit of a teacher's work."""
         jobs = self._queues.take(teacher_id, self.limits.work_tokens)
-        started = self._clock()
-        self.residency.used(teacher_id, started)
         for job in jobs:
             job.running = True
-            self.counters.waited_s.add(started - job.arrived_s)
-        self.busy = teacher_id, started
-        loop = asyncio.get_running_loop()
+            self.counters.waited_s.add(now_s - job.arrived_s)
+        self.busy = teacher_id, now_s
+        self._unit_task = asyncio.create_task(self._unit(teacher_id, jobs))
+
+    async def _unit(self, teacher_id: str, jobs: list[Job]) -> None:
+        loop, started = asyncio.get_running_loop(), self._clock()
         try:
             await loop.run_in_executor(self._compute, self._work, self.room.teachers[teacher_id], jobs, loop)
         finally:
+            took = self._clock() - started
             self.busy = None
-            self.counters.busy_s += self._clock() - started
+            self.counters.busy_s += took
+            self.residency.worked(teacher_id, took)
+            self._wake.set()
 
     def _work(self, teacher: Teacher, jobs: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the compute thread: every job is settled, whatever happens."""

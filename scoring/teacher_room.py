@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rollout_wal.errors import RolloutWalError
 
 from .counters import Counters, count
 from .errors import TeacherFailed, problem
-from .residency import Residency, Waiting
+from .residency import Residency
 from .teachers.base import Teacher, TeacherSource
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,9 @@ class TeacherRoom:
         now = self._clock()
         return {t: str(error) for t, (error, _, until_s) in dict(self._failed).items() if now < until_s}
 
-    def begin(self, teacher_id: str, queues: Mapping[str, Waiting], keep: Collection[str] = ()) -> None:
-        """Start to load a teacher, unless another load is under way or what is kept leaves no room."""
-        if self.loading is not None or teacher_id in self.teachers:
-            return
-        victims = self._residency.victims(teacher_id, queues, keep)
-        if victims is None:
-            return
-        evicted = [self._evict(victim) for victim in victims]
+    def begin(self, teacher_id: str, evict: Sequence[str] = ()) -> None:
+        """Start to load a teacher after others are gone. No other load is under way."""
+        evicted = [self._evict(victim) for victim in evict]
         self._residency.reserve(teacher_id)
         self.loading = teacher_id
         self._task = asyncio.create_task(self._load(teacher_id, evicted))
@@ -100,7 +95,7 @@ class TeacherRoom:
         self._counters.load_s += now - started
         if error is None:
             self._failed.pop(teacher_id, None)
-            self._residency.loaded(teacher_id, now, now - started)
+            self._residency.loaded(teacher_id, now - started)
             count(self._counters.loads, teacher_id)
             log.info("teacher loaded", extra={"teacher": teacher_id, "seconds": round(now - started, 3)})
         else:
@@ -123,8 +118,9 @@ class TeacherRoom:
 
 def _make_room(evicted: list[Teacher], source: TeacherSource) -> Teacher:
     """On the loading thread: free the memory of those that go, then load the one that comes."""
-    _close(evicted)
-    gc.collect()  # modules refer to themselves; their memory is needed now
+    if evicted:
+        _close(evicted)
+        gc.collect()  # modules refer to themselves; their memory is needed now
     return source.load()
 
 

@@ -119,10 +119,10 @@ def test_a_broken_scheduler_is_noticed_by_everyone(
         queued = asyncio.create_task(scheduler.score(plain_item(2)))
         await asyncio.sleep(0.02)
 
-        def broken(*_: object) -> None:
+        def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError("a defect")
 
-        monkeypatch.setattr(scheduler.residency, "next_teacher", broken)
+        monkeypatch.setattr(scheduler.residency, "plan", broken)
         assert scheduler.healthy()
         source.gate.set()
         assert isinstance(await running, Scores), "it was computed before the defect"
