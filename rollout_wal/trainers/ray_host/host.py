@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -18,6 +19,7 @@ from ...params import SamplingParams
 from ...wal import Balance, CohortCount
 from . import checkpoints
 from .gathering import ASKED, Gathering, Request, mismatch
+from .labels import Labels
 from .served import Futures, Served
 
 try:
@@ -40,7 +42,7 @@ class RolloutHost:
         self._backend = RolloutBackend(engine, path, **options).start()
         self._served = Served(self._backend)
         self._gathering: dict[str, Gathering] = {}
-        self._labels: dict[int, int] = {}
+        self._labels = Labels(Path(path) / "host")
         self._handed_over = False
         self._lock = asyncio.Lock()
 
@@ -265,12 +267,12 @@ class RolloutHost:
             await asyncio.to_thread(self._backend.update_weights, source, version + 1)
         version = await asyncio.to_thread(lambda: self._backend.policy_version)
         if label is not None:
-            self._labels[version] = label
+            await asyncio.to_thread(self._labels.set, version, label)
         return version
 
     async def labels(self) -> dict[int, int]:
-        """What the versions were called that were put in force since the host started."""
-        return dict(self._labels)
+        """What the policy versions were called when they were put in force, by this host and those before it."""
+        return self._labels.all()
 
     async def info(self) -> EngineInfo:
         return self._backend.info

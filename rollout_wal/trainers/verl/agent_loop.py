@@ -111,7 +111,8 @@ def output(
     tokens = rollout.output[:response_length]
     used = tokens.sampled_T & tokens.sampling_logprob.valid_T & (rollout.censored is None)
     versions = [int(v) for v in tokens.version_T[tokens.sampled_T]]
-    steps = [labels.get(v) for v in sorted(set(versions))]
+    # A rollout that was censored before its first token is of the newest version: verl wants a number.
+    steps = [labels.get(v) for v in sorted(set(versions)) or sorted(labels)[-1:]]
     known = [s for s in steps if s is not None]
     complete = bool(known) and len(known) == len(steps)
     empty = not len(tokens)
