@@ -12,60 +12,29 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rollout_wal.dataset import tokens_crc32c
 from rollout_wal.errors import RolloutWalError
 
+from .answers import answer_for, broken, checked, from_cache, stopped, unknown_failure
 from .cache import ScoreCache
 from .counters import Counters
-from .errors import (
-    BadRequest,
-    BadResult,
-    DeadlinePassed,
-    MessageTooLarge,
-    Overloaded,
-    SchedulerFailed,
-    TeacherFailed,
-    problem,
-)
+from .errors import BadRequest, DeadlinePassed, MessageTooLarge, Overloaded, problem
 from .heads import HeadStore, StoredHead
 from .items import ScoreItem, Scores, check_provenance
 from .jobs import Job, Queues, Waiter
+from .limits import Limits
 from .residency import Residency, Waiting
 from .teacher_room import TeacherRoom
 from .teachers.base import Teacher, TeacherSource
 
+__all__ = ["Limits", "Scheduler"]
+
 log = logging.getLogger(__name__)
 
 _NOTHING = np.zeros(0, np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a scheduler takes on.
-
-    Args:
-        max_item_tokens: that one item reads; more is refused for good.
-        max_item_result_bytes: of one item's result; more is refused for good.
-        max_queued_tokens: of all accepted items that are not finished; more is refused for now.
-        work_tokens: taken from a teacher's queue at a time. The more, the better they sort by length and share
-            prompts; the fewer, the sooner another teacher gets its turn.
-        linger_s: how long work that finds the server idle waits for company: groups and batches arrive one by one.
-        unit_stall_s: a unit of work that takes longer makes the server unhealthy.
-        cache_backlog_bytes: of scores that wait for the disk; beyond that they are not kept.
-    """
-
-    max_item_tokens: int = 131_072
-    max_item_result_bytes: int = 512 << 20
-    max_queued_tokens: int = 4_000_000
-    work_tokens: int = 65_536
-    linger_s: float = 0.01
-    unit_stall_s: float = 900.0
-    cache_backlog_bytes: int = 256 << 20
 
 
 class Scheduler:
@@ -130,7 +99,7 @@ class Scheduler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._fail_all(_stopped())
+        self._fail_all(stopped())
         for pool in (self._compute, self._disk):
             await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)
         await self.room.close()
@@ -176,14 +145,14 @@ class Scheduler:
         key = item.key(source.info.provenance)
         if self._cache is not None and key not in self._jobs:
             loop = asyncio.get_running_loop()
-            cached = await loop.run_in_executor(self._disk, _cached, self._cache, key, item)
+            cached = await loop.run_in_executor(self._disk, from_cache, self._cache, key, item)
             if cached is not None:
                 self.counters.cached_items += 1
                 return cached
         deadline = None if item.deadline_s is None else arrived + item.deadline_s
         scores: Scores = await self._wait(key, source.info.id, tokens, item, deadline)
         self.counters.answered_s.add(self._clock() - arrived)
-        return _for(item, scores)
+        return answer_for(item, scores)
 
     async def head(self, teacher_id: str) -> StoredHead:
         """The LM head of a teacher, on disk. The teacher is loaded in its turn if the head was never asked for.
@@ -218,7 +187,7 @@ class Scheduler:
 
     async def _wait(self, key: str, teacher: str, tokens: int, item: ScoreItem | None, deadline_s: float | None) -> Any:
         if self._crash is not None or self._stopping:
-            raise _broken(self._crash) if self._crash else _stopped()
+            raise broken(self._crash) if self._crash else stopped()
         if (failure := self.room.failure(teacher)) is not None:
             raise failure
         job = self._jobs.get(key)
@@ -269,7 +238,7 @@ class Scheduler:
         except BaseException as error:  # a defect; whoever waits must hear of it
             self._crash = error
             log.critical("scheduler failed", exc_info=error)
-            self._fail_all(_broken(error))
+            self._fail_all(broken(error))
             self.crashed.set()
 
     async def _run(self) -> None:
@@ -345,14 +314,14 @@ class Scheduler:
                 return False
 
             for i, outcome in teacher.stream(items, wanted):
-                settle(scored[i], _checked(teacher, items[i], outcome))
+                settle(scored[i], checked(teacher, items[i], outcome))
             for job in left_out:
                 settle(job, None)
             error: Exception = RuntimeError("it gave no answer")
         except Exception as raised:  # whatever a teacher raises, the server goes on
             error = raised
         for job in list(open_jobs):
-            settle(job, error if isinstance(error, RolloutWalError) else _unknown_failure(teacher, error))
+            settle(job, error if isinstance(error, RolloutWalError) else unknown_failure(teacher, error))
 
     def _wanted(self, job: Job) -> bool:
         return not self._stopping and job.wanted(self._clock())
@@ -442,66 +411,3 @@ class Scheduler:
             for waiter in tuple(job.waiters):
                 if not waiter.future.done():
                     waiter.future.set_exception(error)
-
-
-def _cached(cache: ScoreCache, key: str, item: ScoreItem) -> Scores | None:
-    """What the cache has for an item, held against it like any other answer."""
-    found = cache.get(key)
-    if found is None:
-        return None
-    scores = _for(item, found)
-    try:
-        scores.check_against(item)
-    except RolloutWalError as error:
-        log.error("cached scores are not usable", extra={"key": key, "error": str(error)})
-        return None
-    return scores
-
-
-def _for(item: ScoreItem, scores: Scores) -> Scores:
-    """Scores as the answer to an item that reads the same, though its rollout may differ elsewhere."""
-    return replace(scores, span=item.span, tokens_crc32c=tokens_crc32c(item.token_ids))
-
-
-def _checked(teacher: Teacher, item: ScoreItem, outcome: Scores | Exception) -> Scores | Exception:
-    """Whatever a teacher gives out is held against the item before anybody sees it, or a disk."""
-    if isinstance(outcome, RolloutWalError):
-        return outcome
-    if isinstance(outcome, Exception):
-        return _unknown_failure(teacher, outcome)
-    try:
-        outcome.check_against(item)
-    except RolloutWalError as error:
-        return TeacherFailed(str(error)) if isinstance(error, BadResult) else error
-    return outcome
-
-
-def _unknown_failure(teacher: Teacher, error: Exception) -> TeacherFailed:
-    log.error("teacher failed", extra={"teacher": teacher.info.id, "error": repr(error)})
-    return TeacherFailed(
-        problem(
-            f"teacher {teacher.info.id!r} failed: {type(error).__name__}: {error}",
-            consequence="The item fails; other items are not affected",
-            remedy="If memory ran out, lower the token budget or chunk; otherwise see the server's log",
-        )
-    )
-
-
-def _broken(error: BaseException) -> SchedulerFailed:
-    return SchedulerFailed(
-        problem(
-            f"the server's scheduler failed: {type(error).__name__}: {error}",
-            consequence="What it had accepted is not answered, and nothing is accepted any more",
-            remedy="Send the items to another server; restart this one, and report the defect with its log",
-        )
-    )
-
-
-def _stopped() -> SchedulerFailed:
-    return SchedulerFailed(
-        problem(
-            "the server stopped",
-            consequence="The item is not answered",
-            remedy="Send it to another server, or to this one when it is back",
-        )
-    )

@@ -100,7 +100,7 @@ def test_scores_of_another_in_the_cache_are_not_used(tmp_path: Path, caplog: pyt
     async def work(scheduler: Scheduler) -> None:
         theirs = await scheduler.score(other)
         cache.put(replace(theirs, request_key=item.key(source.info.provenance)))
-        with caplog.at_level(logging.CRITICAL, "scoring.scheduler"):
+        with caplog.at_level(logging.CRITICAL, "scoring.answers"):
             check(item, await scheduler.score(item))
         assert scheduler.counters.cached_items == 0
 
