@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +83,15 @@ class Server:
     """`serve.py` in a process group of its own."""
 
     def __init__(
-        self, nursery: Any, model: Path, log: Path | None, errors: Path, *, spawn: bool = False, **options: Any
+        self,
+        nursery: Any,
+        model: Path,
+        log: Path | None,
+        errors: Path,
+        *,
+        spawn: bool = False,
+        variables: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         import serve
 
@@ -97,7 +105,7 @@ class Server:
             "disable_overlap_schedule": True,
             **options,
         }
-        variables = {"ROLLOUT_WAL_SGLANG_LOG": str(log)} if log is not None else {}
+        variables = {**(variables or {}), **({"ROLLOUT_WAL_SGLANG_LOG": str(log)} if log is not None else {})}
         self._errors = errors
         theirs_in, self._orders = nursery.Pipe(duplex=False)
         self._events, theirs_out = nursery.Pipe(duplex=False)

@@ -15,24 +15,30 @@ from rollout_wal.engines.base import FinishReason
 from rollout_wal.engines.common.logged import Logged, read_logged
 from rollout_wal.params import SamplingParams
 
+#: SGLang's own switch for tests: it retracts running requests every so many forward passes.
+RETRACTING = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
+
 
 @pytest.fixture(scope="module")
 def server(server_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     # Overlapped, as on a GPU: each step is drawn before the one before it is appended. SGLang starts its processes
     # itself, each of which loads the plug-in.
     running = server_of(
-        tmp_path_factory.mktemp("plugin") / "wal", spawn=True, disable_overlap_schedule=False, **PRESSED
+        tmp_path_factory.mktemp("plugin") / "wal", spawn=True, variables=RETRACTING, disable_overlap_schedule=False
     ).wait_ready()
     yield running
     running.end()
 
 
-#: So that requests are admitted for whose output there is no memory.
-PRESSED = {"max_total_tokens": 1536, "schedule_conservativeness": 0.05}
-
-
 def logged(server: Any, rollout: int) -> Logged:
     return read_logged(server.log / "0")[rollout]
+
+
+def pause(server: Any, mode: str) -> None:
+    """Returns when SGLang says that it has paused."""
+    before = sum(e["event"] == "done" and e["do"] == "pause" for e in server.events)
+    server.order(do="pause", mode=mode)
+    server.told("pause", before + 1)
 
 
 def prompt_of(seed: int, length: int = 12) -> list[int]:
@@ -177,7 +183,7 @@ def test_what_cannot_be_honoured_is_refused(server: Any, params: dict[str, Any],
     assert words in (out.get("error") or out["finish"]["message"])
 
 
-def test_retraction_under_memory_pressure_changes_nothing(server: Any, engine: Any, tools: Any) -> None:
+def test_retraction_changes_nothing(server: Any, engine: Any, tools: Any) -> None:
     prompts, length = [prompt_of(80 + i) for i in range(8)], 300
     sampling = SamplingParams(max_tokens=length, ignore_eos=True, presence_penalty=0.3)
     requests = [tools.request_of(i, p, sampling, noise_key=i) for i, p in enumerate(prompts)]
@@ -187,7 +193,7 @@ def test_retraction_under_memory_pressure_changes_nothing(server: Any, engine: A
         server.generate(f"pressed{i}", prompt, custom_params=extra, **params)
     expected = tools.drive(engine, requests)
     outputs = [server.ended(f"pressed{i}") for i in range(8)]
-    assert sum(out["retractions"] for out in outputs) > 0, "the KV cache was large enough: this tested nothing"
+    assert sum(out["retractions"] for out in outputs) > 0
     for i, out in enumerate(outputs):
         kept = logged(server, 500 + i)
         assert out["tokens"] == kept.token_T.tolist() == [r[0] for r in expected[i]]
@@ -208,9 +214,7 @@ def test_a_pause_that_aborts_interrupts_and_the_same_requests_go_on(server: Any,
 
     ask("cut")
     tools.wait_until(lambda: all(len(server.of("shown", f"cut{i}")) > 10 for i in range(3)))
-    pauses = sum(e["event"] == "done" and e["do"] == "pause" for e in server.events)
-    server.order(do="pause", mode="abort")
-    server.told("pause", pauses + 1)
+    pause(server, "abort")
     for i in range(3):
         cut, kept = server.ended(f"cut{i}"), logged(server, 520 + i)
         assert cut["finish"]["type"] == "abort"
@@ -234,9 +238,7 @@ def test_paused_rollouts_go_on_and_their_versions_are_told(
     for i in range(4):
         server.generate(f"{mode}{i}", prompt_of(70 + i), rollout=base + i, stream=True, **params)
     tools.wait_until(lambda: all(len(server.of("shown", f"{mode}{i}")) > 10 for i in range(4)))
-    pauses = sum(e["event"] == "done" and e["do"] == "pause" for e in server.events)
-    server.order(do="pause", mode=mode)
-    server.told("pause", pauses + 1)
+    pause(server, mode)
     updates = sum(e["event"] == "done" and e["do"] == "update" for e in server.events)
     version = str(max(k.version_T.max() for k in read_logged(server.log / "0").values() if len(k)) + 1)
     source = successor if int(version) % 2 else model
