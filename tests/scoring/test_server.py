@@ -268,10 +268,10 @@ def test_a_broken_scheduler_fails_health_and_every_call(
         call = stub(channel).Score(send([plain_item(1), plain_item(2)]))
         await until(lambda: server.scheduler.busy is not None)
 
-        def broken(*_: object) -> None:
+        def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError("a defect")
 
-        monkeypatch.setattr(server.scheduler.residency, "next_teacher", broken)
+        monkeypatch.setattr(server.scheduler.residency, "plan", broken)
         queued = stub(channel).Score(send([plain_item(3)]))
         await until(lambda: server.scheduler.counters.accepted_items == 3)
         source.gate.set()
