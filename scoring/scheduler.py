@@ -238,6 +238,8 @@ class Scheduler:
         except BaseException as error:  # a defect; whoever waits must hear of it
             self._crash = error
             log.critical("scheduler failed", exc_info=error)
+            if self._unit_task is not None:  # what it computes is right
+                await asyncio.wait((self._unit_task,))
             self._fail_all(broken(error))
             self.crashed.set()
 
