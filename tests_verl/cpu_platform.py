@@ -82,10 +82,12 @@ class Cpu(PlatformBase):
 
 
 def fill_in(module: Any) -> None:
-    """verl knows that torch.cpu has no statistics of memory, and not at all the places where it asks for them."""
+    """verl knows that torch.cpu has no statistics of memory, and not at all the places where it asks for them; what it
+    kept of the random state of the device it hands back here."""
     for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):
         setattr(module, name, lambda *args: 0)
     module.empty_cache = lambda: None
+    module.set_rng_state = torch.set_rng_state
 
 
 fill_in(torch.cpu)
