@@ -4,9 +4,9 @@
     python -m benchmarks.mopd --arms killed,unkilled --objectives sampled --work out/bench-mopd
 
 A run of one arm, objective and seed takes minutes; those that are finished in --work are kept, so the same command goes
-on after an interruption, and what was run is what the result says. Runs are shorter than the demonstration's (_BATCHES).
-The arms of a seed share problems and noise, the killed ones the schedule of kills too. Intervals are Student's t at
-95 % over seeds.
+on after an interruption, and what was run is what the result says. Runs are shorter than the demonstration's: see
+_BATCHES. The arms of a seed share problems and noise, the killed ones the schedule of kills too. Intervals are
+Student's t at 95 % over seeds.
 """
 
 from __future__ import annotations

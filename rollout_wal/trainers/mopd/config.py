@@ -14,7 +14,7 @@ Arm = Literal["killed", "unkilled", "restart"]
 ARMS: tuple[Arm, ...] = ("killed", "unkilled", "restart")
 #: Learning rate and tokens of an optimizer step. A sampled log-probability says little of a token and is noisy: with
 #: steps on fewer tokens, or at a higher rate, the student flees from all it tries, right answers included.
-_STEPS: dict[Objective, tuple[float, int]] = {"sampled": (3e-4, 500), "full_vocabulary": (1e-3, 300)}
+_STEPS: dict[Objective, tuple[float, int]] = {"sampled": (3e-4, 500), "full_vocabulary": (4e-4, 300)}
 
 
 @dataclass(frozen=True, slots=True)
