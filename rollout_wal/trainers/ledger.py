@@ -111,7 +111,9 @@ class TrainerLedger:
                     remedy="Resume from the newest checkpoint, or call restore(..., fork=True) to sample anew",
                 )
             )
-        self._open[batch] = _Batch(rollouts, sampling)
+        self._open[batch] = _Batch(
+            list(rollouts), sampling
+        )  # a copy: what the caller does to its list is its own affair
         return rollouts
 
     def evaluate(

@@ -162,6 +162,19 @@ def test_what_does_not_belong_together(start: Callable[..., TrainerLedger], tmp_
         TrainerLedger(ledger._backend, "a/b")
 
 
+def test_the_returned_list_is_the_callers(start: Callable[..., TrainerLedger], tmp_path: Path) -> None:
+    """A caller that replaces rollouts in it changes nothing of what is consumed and what is let go."""
+    ledger = start()
+    ledger.restore(None)
+    rollouts = generate(ledger, 0)
+    used = {r.id for r in rollouts}
+    rollouts[:2] = ledger.evaluate("0.again", PROMPTS, SAMPLING)
+    ledger.used(0, step=1, rewards=dict.fromkeys(used, 1.0))
+    ledger.commit(ledger.state(1, step=1))
+    assert [reward for reward, _ in archived(tmp_path).values()] == [1.0] * 4
+    ledger.commit(ledger.state(1, step=1))  # nothing is left that could be let go of a second time
+
+
 def test_state_files(tmp_path: Path) -> None:
     state = {"format": 1, "batches": 3}
     write_state(tmp_path / "checkpoint-3", state)
