@@ -111,9 +111,8 @@ class TrainerLedger:
                     remedy="Resume from the newest checkpoint, or call restore(..., fork=True) to sample anew",
                 )
             )
-        self._open[batch] = _Batch(
-            list(rollouts), sampling
-        )  # a copy: what the caller does to its list is its own affair
+        # A copy: what callers do to the list they get is their own affair.
+        self._open[batch] = _Batch(list(rollouts), sampling)
         return rollouts
 
     def evaluate(
