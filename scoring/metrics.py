@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rollout_wal.errors import MissingExtra
+from rollout_wal.histogram import Histogram
 
-from .counters import Histogram
 from .server import ScoringServer
 
 if TYPE_CHECKING:
@@ -99,12 +99,8 @@ class ServerMetrics:
         yield self._histogram("answered", "From acceptance to the result of an item", counters.answered_s)
 
     def _histogram(self, name: str, text: str, values: Histogram) -> Any:
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, values.bounds), "+Inf"), tuple(values.counts)):
-            total += count
-            buckets.append((bound, total))
         return self._core.HistogramMetricFamily(
-            f"scoring_{name}_seconds", text, buckets=buckets, sum_value=values.total
+            f"scoring_{name}_seconds", text, buckets=values.buckets(), sum_value=values.total
         )
 
 
