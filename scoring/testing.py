@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout_wal.dataset import Provenance, tokens_crc32c
+from rollout_wal.dataset import Provenance
 
 from .items import ScoreItem, Scores
 from .teachers.base import TeacherInfo
@@ -77,15 +77,8 @@ class PlainTeacher:
             if not wanted(i):
                 continue
             self._source.scored.append(item)
-            scores = Scores(
-                item.span,
-                self.info.provenance,
-                tokens_crc32c(item.token_ids),
-                tokens_crc32c(item.read_ids()),
-                item.key(self.info.provenance),
-                np.ones(item.positions, bool),
-                expected_logprobs(item),
-            )
+            valid = np.ones(item.positions, bool)
+            scores = self.info.scores_of(item, valid, logprobs=expected_logprobs(item))
             yield i, self._source.answer(item, scores) if self._source.answer else scores
 
     def head(self) -> Any:

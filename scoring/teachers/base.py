@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rollout_wal.dataset import Provenance
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout_wal.dataset import Provenance, tokens_crc32c
 
 from ..errors import BadRequest, problem
 from ..items import Int32s, ScoreItem, Scores
@@ -57,6 +60,18 @@ class TeacherInfo:
                 )
             )
 
+    def scores_of(self, item: ScoreItem, valid_P: NDArray[np.bool_], **arrays: Any) -> Scores:
+        """What was computed for an item, with all that says whose it is and of which tokens (I6)."""
+        return Scores(
+            span=item.span,
+            provenance=self.provenance,
+            tokens_crc32c=tokens_crc32c(item.token_ids),
+            scored_crc32c=tokens_crc32c(item.read_ids()),
+            request_key=item.key(self.provenance),
+            valid=valid_P,
+            **arrays,
+        )
+
     def _unknown(self, ids: Int32s) -> bool:
         return bool(((ids < 0) | (ids >= self.vocabulary)).any())
 
@@ -87,6 +102,19 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Let go of memory that is not this process's own. It is not used afterwards, and nothing is computed now."""
         ...
+
+
+class InOrder:
+    """For a teacher: all of `stream` at once."""
+
+    def score(self: Teacher, items: Sequence[ScoreItem]) -> list[Scores]:
+        """Scores of all items, in their order. Raises the first error that `stream` gives."""
+        out: list[Scores | None] = [None] * len(items)
+        for i, outcome in self.stream(items):
+            if isinstance(outcome, Exception):
+                raise outcome
+            out[i] = outcome
+        return [scores for scores in out if scores is not None]
 
 
 class TeacherSource(Protocol):

@@ -21,7 +21,7 @@ from rollout_wal.errors import RolloutWalError
 from ..batching import Batch, plan
 from ..errors import BadRequest, TeacherFailed, problem
 from ..items import Int32s, ScoreItem, Scores
-from .base import TeacherInfo
+from .base import InOrder, TeacherInfo
 from .hidden_scores import ScoreHead
 from .shared_prefix import CannotShare, RowCache, SharedPrefix
 
@@ -50,7 +50,7 @@ class _Context:
         return self._shared.rows(width)
 
 
-class HfTeacher:
+class HfTeacher(InOrder):
     """A model in memory."""
 
     def __init__(
@@ -65,15 +65,6 @@ class HfTeacher:
         self._scorer = ScoreHead(info, self._head, self._probe())
         self._continues = share_prefixes and self._probe_sharing()
         """Whether rows go on after a context that none of them has a copy of."""
-
-    def score(self, items: Sequence[ScoreItem]) -> list[Scores]:
-        """Scores of all items, in their order. Raises the first error that `stream` gives."""
-        out: list[Scores | None] = [None] * len(items)
-        for i, outcome in self.stream(items):
-            if isinstance(outcome, Exception):
-                raise outcome
-            out[i] = outcome
-        return [scores for scores in out if scores is not None]
 
     def stream(
         self, items: Sequence[ScoreItem], wanted: Callable[[int], bool] = lambda _: True

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rollout_kernels.errors import KernelError
 from rollout_kernels.logprobs import TokenLogprobs, logprobs_from_hidden, logprobs_from_logits
-from rollout_wal.dataset import tokens_crc32c
 
 from ..errors import BadResult, TeacherFailed, problem
 from ..items import Ragged, ScoreItem, Scores
@@ -70,13 +69,9 @@ class ScoreHead:
         if w.hidden_states:
             bits = hidden_RH.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
             hidden = np.concatenate((np.zeros((missing, hidden_RH.shape[1]), np.uint16), bits))
-        scores = Scores(
-            span=item.span,
-            provenance=self.info.provenance,
-            tokens_crc32c=tokens_crc32c(item.token_ids),
-            scored_crc32c=tokens_crc32c(item.read_ids()),
-            request_key=item.key(self.info.provenance),
-            valid=np.arange(rows) >= missing,
+        scores = self.info.scores_of(
+            item,
+            np.arange(rows) >= missing,
             logprobs=padded(found.logprob) if w.logprobs else None,
             top_ids=padded(found.top_indices, torch.int32) if w.top_k else None,
             top_logprobs=padded(found.top_logprobs) if w.top_k else None,

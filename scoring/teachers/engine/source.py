@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from rollout_wal import __version__
-from rollout_wal.dataset import tokens_crc32c
 
 from ...batching import context_key
 from ...errors import BadConfiguration, BadRequest, BadResult, TeacherFailed, mismatch, problem
 from ...items import Ragged, ScoreItem, Scores
-from ..base import TeacherInfo
+from ..base import InOrder, TeacherInfo
 from ..folder import ModelFolder, vocabulary
 from ..hf import loaded_bytes
 from .process import EngineProcess
@@ -178,7 +177,7 @@ class EngineTeacherSource(ABC):
             raise mismatch(f"the logits of teacher {self.info.id!r}", found["logits"], self.info.vocabulary)
 
 
-class EngineTeacher:
+class EngineTeacher(InOrder):
     """A model that an engine's process holds. See `Teacher`.
 
     An engine that dies is started anew, with the same checkpoint or not at all, and what it had not answered is asked
@@ -200,15 +199,6 @@ class EngineTeacher:
     def close(self) -> None:
         """End the engine, and return when its memory is free."""
         self._process.end()
-
-    def score(self, items: Sequence[ScoreItem]) -> list[Scores]:
-        """Scores of all items, in their order. Raises the first error that `stream` gives."""
-        out: list[Scores | None] = [None] * len(items)
-        for i, outcome in self.stream(items):
-            if isinstance(outcome, Exception):
-                raise outcome
-            out[i] = outcome
-        return [scores for scores in out if scores is not None]
 
     def stream(
         self, items: Sequence[ScoreItem], wanted: Callable[[int], bool] = lambda _: True
@@ -346,13 +336,9 @@ class EngineTeacher:
             keep = np.arange(width) < np.diff(item.candidates.offsets)[:, None]
             values = read("candidates", "<f4", width)[keep] if width else np.zeros(0, np.float32)
             ragged = Ragged(values, item.candidates.offsets)
-        return Scores(
-            span=item.span,
-            provenance=self.info.provenance,
-            tokens_crc32c=tokens_crc32c(item.token_ids),
-            scored_crc32c=tokens_crc32c(item.read_ids()),
-            request_key=item.key(self.info.provenance),
-            valid=np.arange(rows) >= missing,
+        return self.info.scores_of(
+            item,
+            np.arange(rows) >= missing,
             logprobs=read("logprobs", "<f4") if w.logprobs else None,
             top_ids=read("top_ids", "<i4", w.top_k) if w.top_k else None,
             top_logprobs=read("top_logprobs", "<f4", w.top_k) if w.top_k else None,
