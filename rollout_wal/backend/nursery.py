@@ -7,7 +7,6 @@ imports once, runs no thread and touches no device, so a fork of it is a clean s
 from __future__ import annotations
 
 import json
-import logging
 import os
 import selectors
 import signal
@@ -19,6 +18,7 @@ from importlib import import_module
 from typing import Final
 
 from ..errors import WorkerFailed, problem
+from ..third_party import quiet_imports
 from .wire import Message, receive_with_fds, send_with_fds
 
 _WORKER_MAIN: Final = "rollout_wal.backend.worker:worker_main"
@@ -119,9 +119,7 @@ def main(fd: int, backend: int, module: str) -> None:
         backend: pidfd of the backend's process.
         module: the engine's, which is imported once for all workers.
     """
-    # transformers imports torchao where it is installed, and both talk about it at length in every process.
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_imports()
     import_module(module)
     # A terminal's Ctrl-C reaches the whole process group: the backend decides what it means, not each worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,11 @@ def demo(out: Path, as_json: bool, **overrides: Any) -> None:
     """
     from rich.console import Console
 
-    # As in the workers: transformers imports torchao where it is installed, and both talk about what they do not need.
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from ..third_party import quiet_imports
     from .run import run_demo
     from .variants import Plan
 
+    quiet_imports()
     known = {f.name for f in fields(Plan)}
     plan = replace(Plan(), **{k: v for k, v in overrides.items() if k in known and v is not None})
     summary = run_demo(out, plan, Console(stderr=as_json))
