@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from rollout_wal.dataset import open_dataset
+from rollout_wal.testing.engine_suite import module_at
 
 
 @pytest.fixture(scope="module")
 def kills_of_trl() -> ModuleType:
     """The lives of a training process, and what is compared: those of the tests on the embedded engine."""
     path = Path(__file__).parents[1] / "tests" / "trainers" / "test_trl_kills.py"
-    spec = importlib.util.spec_from_file_location("trl_kills", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module: ModuleType = module_at(path, "trl_kills")
     return module
 
 

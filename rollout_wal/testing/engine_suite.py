@@ -9,6 +9,8 @@ Such a suite runs with the interpreter of an environment that has the engine, fr
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,6 +78,17 @@ def successor(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[name] = tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def module_at(path: Path, name: str) -> Any:
+    """A module of another suite, with its fixtures and tests, under a name of this suite's choice."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def request_of(

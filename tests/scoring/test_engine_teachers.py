@@ -5,7 +5,6 @@ The real ones are tested in their environments (tests_vllm, tests_sglang).
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rollout_wal.errors import ProvenanceError
+from rollout_wal.testing.engine_suite import module_at
 from scoring.config import build, read_config
 from scoring.errors import BadConfiguration, BadRequest, ScoreProvenanceMismatch, TeacherFailed
 from scoring.items import Scores
@@ -33,18 +33,8 @@ from scoring.teachers.vllm import VllmTeacherSource
 HERE = Path(__file__).parent
 
 
-def _take(name: str) -> Any:
-    """A module beside this one. The engine's process finds it by `sys.path`."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-suite, plain = _take("engine_suite"), _take("plain_engine")
+# Under their own names: the engine's process finds them by `sys.path`.
+suite, plain = (module_at(HERE / f"{name}.py", name) for name in ("engine_suite", "plain_engine"))
 folder, direct, teacher = suite.folder, suite.direct, suite.teacher
 test_scores_equal_a_direct_forward = suite.test_scores_equal_a_direct_forward
 test_hidden_states_and_head_rebuild_the_scores = suite.test_hidden_states_and_head_rebuild_the_scores
