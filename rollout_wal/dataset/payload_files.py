@@ -2,8 +2,9 @@
 
 The kernel's copy (`preadv`) fetches each cache line of its target before it overwrites it, so a third of what the
 memory can move goes into reading what is thrown away. The C library's memcpy, from a mapping, does not where a copy is
-long enough (`LONG_COPIES`). So large pieces are copied from a mapping and small ones, for which setting up the pages
-would cost more than it saves, are read.
+long enough (`LONG_COPIES`), but the pages have to be set up and taken down again. Which is faster depends on the
+machine, so large pieces are copied in the way that was (`CopyChoice`); small ones, for which the pages would cost more
+than they save anywhere, are read.
 
 A read of a mapped page that cannot be had (the file was cut short, the disk fails) is a SIGBUS, which would end the
 process without a word. So pages are populated first, by a call that fails with an error instead; a piece that could not
@@ -17,9 +18,10 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+from .copy_choice import CopyChoice
 from .reader import damaged
 
-#: Pieces from this size on are copied from a mapping.
+#: Pieces from this size on may be copied from a mapping.
 MAPPED_BYTES_MIN = 96 << 10
 #: For the environment of processes that copy: from which length on glibc's memcpy writes past the caches (without it,
 #: from about the size of the last-level cache, which no piece has). Other C libraries do not read it.
@@ -36,12 +38,16 @@ _MADV_POPULATE_READ = 22
 class PayloadFile:
     """One open file.
 
+    Args:
+        choice: what was learned from other files.
+
     Raises:
         DatasetDamaged: it is missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, choice: CopyChoice | None = None) -> None:
         self._path = path
+        self._choice = choice or CopyChoice()
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -55,16 +61,21 @@ class PayloadFile:
         Raises:
             DatasetDamaged: they are not all there.
         """
-        if len(into) < MAPPED_BYTES_MIN or not self._copy_mapped(offset, into):
-            self._read(offset, into)
+        if len(into) < MAPPED_BYTES_MIN:
+            self.read(offset, into)
+        else:
+            self._choice.copy(len(into), lambda: self.read(offset, into), lambda: self.copy_mapped(offset, into))
 
     def close(self) -> None:
         if self._map is not None:
             self._map.close()
         os.close(self._fd)
 
-    def _copy_mapped(self, offset: int, into: memoryview) -> bool:
-        """False: not possible for this piece, and nothing was written that reading will not overwrite."""
+    def copy_mapped(self, offset: int, into: memoryview) -> bool:
+        """As `copy`, from a mapping.
+
+        False: not possible for this piece, and nothing was written that reading will not overwrite.
+        """
         if self._map is None:
             if not self._mappable:
                 return False
@@ -88,8 +99,8 @@ class PayloadFile:
         self._map.madvise(mmap.MADV_DONTNEED, first, stop + _AROUND_BYTES - first)
         return True
 
-    def _read(self, offset: int, into: memoryview) -> None:
-        """A signal or a network file system may cut a read short, and so does a file's end."""
+    def read(self, offset: int, into: memoryview) -> None:
+        """As `copy`, by the kernel. A signal or a network file system may cut it short, and so does a file's end."""
         done = 0
         while done < len(into):
             count = os.preadv(self._fd, [into[done:]], offset + done)
@@ -103,6 +114,7 @@ class PayloadFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._choice = CopyChoice()
         self._open: OrderedDict[str, PayloadFile] = OrderedDict()
 
     def __getitem__(self, path: str) -> PayloadFile:
@@ -110,7 +122,7 @@ class PayloadFiles:
         if file is not None:
             self._open.move_to_end(path)
             return file
-        file = self._open[path] = PayloadFile(self._folder / path)
+        file = self._open[path] = PayloadFile(self._folder / path, self._choice)
         if len(self._open) > _OPEN_FILES_MAX:
             _, oldest = self._open.popitem(last=False)
             oldest.close()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rollout_wal.dataset import DatasetWriter, PlanSpec, Sample, open_dataset, payload_files, plan
+from rollout_wal.dataset.copy_choice import CopyChoice
 from rollout_wal.dataset.errors import DatasetDamaged
 from rollout_wal.dataset.loader import Loader
 from rollout_wal.dataset.payload_files import LONG_COPIES, MAPPED_BYTES_MIN, PayloadFile, PayloadFiles
@@ -27,15 +28,24 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+class Mapped(CopyChoice):
+    """Never reads what can be mapped."""
+
+    def copy(self, size: int, first: Callable[[], None], second: Callable[[], bool]) -> None:
+        if not second():
+            first()
+
+
 def copied(file: PayloadFile, offset: int, size: int) -> bytes:
     target = bytearray(size)
     file.copy(offset, memoryview(target))
     return bytes(target)
 
 
-def test_pieces_of_any_size_and_place_are_those_of_the_file(path: Path) -> None:
+@pytest.mark.parametrize("choice", [CopyChoice, Mapped])
+def test_pieces_of_any_size_and_place_are_those_of_the_file(path: Path, choice: type[CopyChoice]) -> None:
     data = path.read_bytes()
-    file = PayloadFile(path)
+    file = PayloadFile(path, choice())
     for size in (0, 1, 4096, MAPPED_BYTES_MIN - 1, MAPPED_BYTES_MIN, MAPPED_BYTES_MIN + 1, 500_001):
         for offset in (0, 1, 4095, 4096, 4097, SIZE - size):
             assert copied(file, offset, size) == data[offset : offset + size]
@@ -44,7 +54,7 @@ def test_pieces_of_any_size_and_place_are_those_of_the_file(path: Path) -> None:
 
 
 def test_large_pieces_are_mapped_and_leave_no_page_behind(path: Path) -> None:
-    file = PayloadFile(path)
+    file = PayloadFile(path, Mapped())
     copied(file, 5, MAPPED_BYTES_MIN - 1)
     assert str(path) not in Path("/proc/self/maps").read_text()
     copied(file, 5, MAPPED_BYTES_MIN)
@@ -60,7 +70,7 @@ def test_what_cannot_be_mapped_is_read(path: Path, monkeypatch: pytest.MonkeyPat
     """As on a kernel that has no MADV_POPULATE_READ, or a file system without mappings."""
     data = path.read_bytes()
     monkeypatch.setattr(payload_files, "_MADV_POPULATE_READ", 9999)
-    file = PayloadFile(path)
+    file = PayloadFile(path, Mapped())
     assert copied(file, 3, MAPPED_BYTES_MIN) == data[3 : 3 + MAPPED_BYTES_MIN]
     file.close()
 
@@ -68,7 +78,7 @@ def test_what_cannot_be_mapped_is_read(path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(19, "No such device")
 
     monkeypatch.setattr(payload_files.mmap, "mmap", refuse)
-    file = PayloadFile(path)
+    file = PayloadFile(path, Mapped())
     assert copied(file, 3, MAPPED_BYTES_MIN) == data[3 : 3 + MAPPED_BYTES_MIN]
     file.close()
 
@@ -76,12 +86,14 @@ def test_what_cannot_be_mapped_is_read(path: Path, monkeypatch: pytest.MonkeyPat
 _CUT_SHORT = """
 import os, sys
 from pathlib import Path
+from rollout_wal.dataset.copy_choice import CopyChoice
 from rollout_wal.dataset.errors import DatasetDamaged
 from rollout_wal.dataset.payload_files import PayloadFile
 file = PayloadFile(Path(sys.argv[1]))
 target = memoryview(bytearray(1 << 19))
-file.copy(0, target)
+assert file.copy_mapped(0, target)
 os.truncate(sys.argv[1], 1 << 18)
+assert not file.copy_mapped(0, target)
 try:
     file.copy(0, target)
 except DatasetDamaged as error:
