@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from hosts import kill_host, stop, wait_until
 from rollout_wal.backend import FinishedRollout, RolloutBackend
 from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch
 from rollout_wal.params import SamplingParams
-from rollout_wal.trainers.ray_host import get_host
+from rollout_wal.trainers.ray_host import get_host, start_host
 
 #: Long enough to be killed in the middle.
 SAMPLING = SamplingParams(max_tokens=300, min_tokens=250)
@@ -70,6 +71,18 @@ def test_calls_that_were_waiting_get_their_answer_from_the_restarted_host(
     count = ray.get(shared.cohorts.remote())["waiting"]
     assert (count.size, count.gone) == (9, 0)
     assert ray.get(shared.balance.remote()).holds
+
+
+def test_the_host_outlives_its_first_handle(model: Path, cluster: None, tmp_path: Path) -> None:
+    """Ray counts the handle of the call that started an actor, and none that was found by its name."""
+    first = start_host(model, tmp_path / "wal", name="kept", slots=8, num_cpus=0.5)
+    pid = ray.get(first.pid.remote())
+    again = start_host(model, tmp_path / "wal", name="kept", slots=8, num_cpus=0.5)
+    del first
+    gc.collect()
+    time.sleep(1.0)  # Ray tells the actor, which ends on its own
+    assert ray.get(again.pid.remote()) == pid
+    stop(again)
 
 
 def test_a_worker_of_the_host_may_die(shared: Any, undisturbed: list[list[int]]) -> None:

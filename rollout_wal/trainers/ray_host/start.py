@@ -19,6 +19,10 @@ except ImportError as error:
 #: The actor's name, if none is given.
 DEFAULT_NAME: Final = "rollout-wal"
 
+#: By namespace and name, what this process has started or found. Ray ends an actor that is not detached when the handle
+#: of the call that started it is collected, and does not count those that were looked up by name.
+_kept: dict[tuple[str, str], Any] = {}
+
 
 def start_host(
     engine: EngineSpec | str | os.PathLike[str],
@@ -33,6 +37,8 @@ def start_host(
     **options: Any,
 ) -> Any:
     """The host of this name, started if there is none. Ray restarts it when it dies, as often as it takes.
+
+    It lives as long as the process that started it, whoever keeps its handle, or until `ray.kill`.
 
     Args:
         engine, path, options: of the `RolloutBackend`.
@@ -62,7 +68,12 @@ def start_host(
         scheduling_strategy=here if not shared else "DEFAULT",
     )
     model = engine if isinstance(engine, EngineSpec) else os.fspath(engine)
-    return actor.remote(model, str(Path(path).resolve()), options, shared)
+    handle = actor.remote(model, str(Path(path).resolve()), options, shared)
+    place = (namespace or ray.get_runtime_context().namespace, name)
+    kept = _kept.get(place)
+    if kept is None or kept._actor_id != handle._actor_id:
+        _kept[place] = handle
+    return handle
 
 
 def get_host(name: str = DEFAULT_NAME, namespace: str | None = None) -> Any:
