@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,9 +117,7 @@ class TeacherRoom:
 
 def _make_room(evicted: list[Teacher], source: TeacherSource) -> Teacher:
     """On the loading thread: free the memory of those that go, then load the one that comes."""
-    if evicted:
-        _close(evicted)
-        gc.collect()  # modules refer to themselves; their memory is needed now
+    _close(evicted)
     return source.load()
 
 

@@ -100,7 +100,7 @@ class Teacher(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of memory that is not this process's own. It is not used afterwards, and nothing is computed now."""
+        """Let go of its memory. It is not used afterwards, and nothing is computed now."""
         ...
 
 

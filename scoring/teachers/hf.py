@@ -145,4 +145,4 @@ class SnapshotSource:
         )
 
     def load(self) -> HfTeacher:
-        return HfTeacher(self._model, self.info, self._budget, self._chunk)
+        return HfTeacher(self._model, self.info, self._budget, self._chunk, owned=False)

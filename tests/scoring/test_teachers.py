@@ -194,3 +194,25 @@ def test_plans_hold_each_item_once_within_the_budget(make_items: Any) -> None:
             for i, row in zip(batch.members, batch.rows):
                 np.testing.assert_array_equal(np.concatenate((batch.prefix, row)), items[i].read_ids()[:-1])
     assert sum(len(b.prefix) > 0 for b in plan(items, 10_000)) == 2, "the two shared prompts, once each"
+
+
+@pytest.mark.parametrize("precision", ["float32", "mxfp4"])
+def test_a_closed_teacher_has_no_memory_left(tiny: Callable[..., Path], precision: str) -> None:
+    """At once, with no collection of garbage, although its modules refer to themselves."""
+    teacher = HfTeacherSource("t", tiny(), precision=precision).load()
+    model = teacher._model
+    tensors = [*model.parameters(), *model.buffers()]
+    assert sum(t.untyped_storage().nbytes() for t in tensors) > 1 << 16
+    teacher.close()
+    assert not any(t.untyped_storage().nbytes() for t in tensors)
+
+
+def test_closing_a_snapshot_leaves_it_for_the_next_load(tiny: Callable[..., Path], make_items: Any) -> None:
+    student: Any = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32)
+    snapshot = SnapshotSource("self", student, tokenizer_folder=tiny())
+    items = make_items("self")
+    first = snapshot.load()
+    before = first.score(items)
+    first.close()
+    for ours, theirs in zip(snapshot.load().score(items), before, strict=True):
+        np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
