@@ -52,16 +52,17 @@ test: $(STAMP) system ## the test suite
 test-slow: $(STAMP) system browser ## the long tests: more kills, more schedules, a browser
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" tests
 
-test-vllm: system ## the tests inside the real vLLM engine, on a CPU; an environment of their own
-	PYTHON=$(PYTHON) sh scripts/install_vllm.sh
+# Environments of their own, for what pins its own torch. Each is made anew when its list changes.
+env-%:
+	PYTHON=$(PYTHON) sh scripts/install_$*.sh
+
+test-vllm: system env-vllm ## the tests inside the real vLLM engine, on a CPU; an environment of their own
 	.venv-vllm/bin/python -m pytest -m "not slow" tests_vllm
 
-test-sglang: system ## the tests inside the real SGLang engine, on a CPU; an environment of their own
-	PYTHON=$(PYTHON) sh scripts/install_sglang.sh
+test-sglang: system env-sglang ## the tests inside the real SGLang engine, on a CPU; an environment of their own
 	OMP_NUM_THREADS=1 .venv-sglang/bin/python -m pytest -m "not slow" tests_sglang
 
-test-verl: ## the tests inside the real verl, with Ray, on a CPU; an environment of their own
-	PYTHON=$(PYTHON) sh scripts/install_verl.sh
+test-verl: env-verl ## the tests inside the real verl, with Ray, on a CPU; an environment of their own
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -m "not slow" tests_verl
 
 lint: $(STAMP) ## ruff, mypy --strict, import contracts
