@@ -26,10 +26,11 @@ from ..dataset import DatasetWriter
 from ..delivery import to_sample
 from ..errors import BadInput, CheckpointMismatch, problem
 from ..params import SamplingParams
+from ..wal import CohortCount
 from .facts import Facts
 from .state_file import STATE_FILE, read_state, sync_tree, write_state
 
-__all__ = ["STATE_FILE", "Facts", "TrainerLedger", "read_state", "sync_tree", "write_state"]
+__all__ = ["STATE_FILE", "Facts", "TrainerLedger", "fresh_cohort", "read_state", "sync_tree", "write_state"]
 
 _FORMAT: Final = 1
 
@@ -124,8 +125,11 @@ class TrainerLedger:
         group_size: int = 1,
         seed: int = 0,
     ) -> list[FinishedRollout]:
-        """Rollouts that no step will use. They are let go with the next checkpoint."""
-        cohort = f"{self._run}.{self._lineage}/eval/{name}"
+        """Rollouts that no step will use. They are let go with the next checkpoint.
+
+        Asked for again under one name, they are the same ones until then, and others afterwards.
+        """
+        cohort = fresh_cohort(self._backend.cohorts(), f"{self._run}.{self._lineage}/eval/{name}")
         rollouts = self._rollouts(cohort, prompts, sampling, group_size, seed, None, False)
         self._evaluations += rollouts
         return rollouts
@@ -318,3 +322,9 @@ class TrainerLedger:
         self._lineage = next(
             n for n in itertools.count(self._lineage + 1) if not any(k.startswith(f"{self._run}.{n}/") for k in known)
         )
+
+
+def fresh_cohort(cohorts: Mapping[str, CohortCount], name: str) -> str:
+    """A name like this one of which nothing is gone: for rollouts that nobody trains on, and that are let go."""
+    names = itertools.chain([name], (f"{name}.{n}" for n in itertools.count(1)))
+    return next(n for n in names if n not in cohorts or not cohorts[n].gone)

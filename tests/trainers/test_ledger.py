@@ -75,6 +75,9 @@ def test_what_no_checkpoint_contains_comes_again(start: Callable[..., TrainerLed
     assert len(ledger.evaluate("0.1", PROMPTS, SAMPLING)) == 2
     ledger.commit(saved)
     assert ledger._backend.cohorts()["run.0/eval/0.1"].gone == 2
+    # A script that evaluates before it trains does so under the same name each time it is started.
+    assert len(ledger.evaluate("0.1", PROMPTS, SAMPLING)) == 2
+    assert ledger._backend.cohorts()["run.0/eval/0.1.1"].gone == 0
     second = generate(ledger, 1)
     ledger.used(1, step=2)
     assert archived(tmp_path) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,11 @@ from trl import DistillationConfig
 from rollout_wal.backend import RolloutBackend
 from rollout_wal.errors import BadInput
 from rollout_wal.testing.tiny_models import make_tiny_model
+from rollout_wal.trainers.ledger import read_state
 from rollout_wal.trainers.trl import DistillationTrainer
 from scoring.client import ScoringClient
+from scoring.errors import ScoreProvenanceMismatch
+from scoring.losses import gkd_loss
 from scoring.residency import Residency
 from scoring.scheduler import Scheduler
 from scoring.server import ServerOptions, serve
@@ -31,14 +35,19 @@ from scoring.teachers.hf import HfTeacherSource
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
 
 TEACHERS = {"adder": 1, "sorter": 2}
+#: Served, too; its tokenizer is not the student's.
+STRANGER = "stranger"
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
-    seeds = {"student": 0, **TEACHERS}
-    return {name: make_tiny_model(folder / name, mean_length=20.0, seed=seed) for name, seed in seeds.items()}
+    seeds = {"student": 0, **TEACHERS, STRANGER: 3}
+    made = {name: make_tiny_model(folder / name, mean_length=20.0, seed=seed) for name, seed in seeds.items()}
+    for name in TEACHERS:
+        shutil.copy(made["student"] / "tokenizer.json", made[name])
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def scorer(models: dict[str, Path]) -> Iterator[ScoringClient]:
     thread.start()
 
     async def start() -> Any:
-        sources = [HfTeacherSource(name, models[name], precision="float32") for name in TEACHERS]
+        sources = [HfTeacherSource(name, models[name], precision="float32") for name in (*TEACHERS, STRANGER)]
         sizes = {s.info.id: s.info.nbytes for s in sources}
         return await serve(Scheduler(sources, Residency(sizes, sum(sizes.values()))), ServerOptions())
 
@@ -71,25 +80,32 @@ def scorer(models: dict[str, Path]) -> Iterator[ScoringClient]:
 def trainer(
     models: dict[str, Path], backend: RolloutBackend, scorer: ScoringClient, tmp_path: Path
 ) -> Callable[..., DistillationTrainer]:
-    def make(objective: str, **options: Any) -> DistillationTrainer:
-        args = DistillationConfig(
-            output_dir=str(tmp_path / "out"),
-            per_device_train_batch_size=8,
-            max_completion_length=16,
-            max_steps=40,
-            lr_scheduler_type="constant",
-            learning_rate=3e-3,
-            save_strategy="no",
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            seed=5,
-        )
+    def make(
+        objective: str, *, config: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **options: Any
+    ) -> DistillationTrainer:
+        """`config`: of TRL's; `model`: of the student's configuration."""
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 16,
+            "max_steps": 40,
+            "lr_scheduler_type": "constant",
+            "learning_rate": 3e-3,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "seed": 5,
+        }
+        args = DistillationConfig(**settings | (config or {}))
         rows = [{"prompt": f"question {i}", "teacher": sorted(TEACHERS)[i % 2]} for i in range(8)]
+        student = AutoModelForCausalLM.from_pretrained(models["student"], dtype="float32")
+        for name, value in (model or {}).items():
+            setattr(student.config, name, value)
         return DistillationTrainer(
-            AutoModelForCausalLM.from_pretrained(models["student"], dtype="float32"),
+            student,
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(models["student"]),
@@ -164,7 +180,54 @@ def test_the_student_comes_closer(
     assert distance(made.model.eval()) < 0.9 * before
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_divergence_is_that_of_trls_beta(
+    beta: float, trainer: Callable[..., DistillationTrainer], models: dict[str, Path]
+) -> None:
+    made = trainer("full_vocabulary", config={"beta": beta})
+    made.model.train()
+    made._ledger.restore(None)
+    rows = [dict(made.train_dataset[i]) for i in range(2)]
+    inputs = made._generate_and_score_completions(rows)
+    loss, _, tokens = made._compute_loss(made.model, inputs, None)
+    total = torch.zeros(())
+    for row, rollout in zip(rows, made._last, strict=True):
+        teacher = AutoModelForCausalLM.from_pretrained(models[row["teacher"]], dtype="float32").eval()
+        ids = torch.from_numpy(np.concatenate([rollout.prompt, rollout.tokens]).astype(np.int64))[None]
+        at = slice(len(rollout.prompt) - 1, -1)
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[:, at] for m in (teacher, made.model))
+            total += gkd_loss(q, p, torch.ones(q.shape[:2], dtype=torch.bool), beta=beta, reduction="sum") / tokens
+    torch.testing.assert_close(loss.detach(), total, rtol=5e-2, atol=1e-2)
+
+
+def test_a_restart_expects_the_teachers_that_the_checkpoint_had(
+    trainer: Callable[..., DistillationTrainer], scorer: ScoringClient, tmp_path: Path
+) -> None:
+    made = trainer("sampled", config={"max_steps": 1, "save_strategy": "steps", "save_steps": 1})
+    made.train()
+    state = read_state(tmp_path / "out" / "checkpoint-1")
+    assert state["teachers"] == dict(scorer.pins)
+    assert set(state["teachers"]) == set(TEACHERS)
+    again = trainer("sampled", config={"max_steps": 2})
+    again._scorer = ScoringClient(["127.0.0.1:1"], pins={"adder": "on purpose"})
+    again._take_up(state)
+    assert again._scorer.pins == {"adder": "on purpose", "sorter": state["teachers"]["sorter"]}
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(trainer: Callable[..., DistillationTrainer]) -> None:
+    made = trainer("sampled")
+    made.model.train()
+    made._ledger.restore(None)
+    with pytest.raises(ScoreProvenanceMismatch, match="tokenizer_digest of teacher 'stranger'"):
+        made._generate_and_score_completions([{"prompt": "question", "teacher": STRANGER}])
+
+
 def test_what_cannot_be_honoured(trainer: Callable[..., DistillationTrainer], models: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match=r"beta=0\.5 with objective='sampled'"):
+        trainer("sampled", config={"beta": 0.5})
+    with pytest.raises(BadInput, match=r"logit_scale=0\.25"):
+        trainer("sampled", model={"logit_scale": 0.25})
     with pytest.raises(BadInput, match="objective='both' is not known"):
         trainer("both")
     with pytest.raises(BadInput, match="teacher_model and a rollout backend"):

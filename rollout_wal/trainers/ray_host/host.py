@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...engines.base import EngineInfo
 from ...errors import BadInput, CheckpointMismatch, MissingExtra, problem
 from ...params import SamplingParams
 from ...wal import Balance, CohortCount
+from ..ledger import fresh_cohort
 from . import checkpoints
 from .gathering import ASKED, Gathering, Request, mismatch
 from .labels import Labels
@@ -221,10 +221,8 @@ class RolloutHost:
     # -- checkpoints of a trainer ---------------------------------------------------------------------------------
 
     async def fresh(self, cohort: str) -> str:
-        """A name like this one of which nothing is gone: for rollouts that nobody trains on, and that are let go."""
-        counts = await asyncio.to_thread(self._backend.cohorts)
-        names = (f"{cohort}.{n}" for n in itertools.count())
-        return next(name for name in names if name not in counts or not counts[name].gone)
+        """See `fresh_cohort`."""
+        return fresh_cohort(await asyncio.to_thread(self._backend.cohorts), f"{cohort}.0")
 
     async def state(self, run: str, batches: int, step: int, *, archive: str | None = None) -> dict[str, Any]:
         """What a checkpoint must hold that contains every batch below `batches`; see `TrainerLedger.state`.

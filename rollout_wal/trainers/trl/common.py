@@ -161,6 +161,8 @@ class BackendTrainer(Trainer):
             state = read_state(Path(folder), rank=self.accelerator.process_index)
             self._check_ranks(folder, int(state.get("ranks", 1)))
         self._ledger.restore(state, fork=self._fork)
+        if state is not None:
+            self._take_up(state)
         self._step = int(state["micro_step"]) if state is not None else 0
         if state is not None and 0 < self.args.max_steps <= state["step"]:
             # transformers would take one more step, and so consume one more batch, each time it is started again.
@@ -168,6 +170,13 @@ class BackendTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
             return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=folder or None, **kwargs)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What else a checkpoint must hold, as plain types."""
+        return {}
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint that holds this."""
 
     def _check_ranks(self, folder: str, ranks: int) -> None:
         if ranks != self.accelerator.num_processes:
@@ -184,7 +193,7 @@ class BackendTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         rank, ranks = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         state = self._ledger.state(self._generation, int(self.state.global_step))
-        state |= {"micro_step": self._step, "ranks": ranks}
+        state |= {"micro_step": self._step, "ranks": ranks, **self._own_state()}
         # Not yet: the older checkpoints must stay until this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

@@ -17,11 +17,13 @@ import torch
 import trl
 
 from ...backend import FinishedRollout, RolloutBackend
+from ...dataset import Provenance
 from ...errors import BadInput, problem
 from ..facts import Facts, left_out
 from .common import BackendTrainer, check_arguments, conflict
 
 try:
+    from rollout_kernels.linear_divergence import JSD, Divergence, ForwardKL, ReverseKL
     from scoring.client import ScoringClient
     from scoring.items import ScoreItem, Scores, Wanted
     from scoring.losses import full_vocabulary_loss, opd_loss
@@ -41,10 +43,12 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
 
     Args:
         backend, run, archive, fork: as for `GRPOTrainer`.
-        scorer: a client of the scoring service, entered.
+        scorer: a client of the scoring service, entered. A checkpoint of the trainer holds which checkpoint each
+            teacher had; after a restart another one's scores are refused, unless the client's own `pins` name it.
         route: from a row of the data set to the id of its teacher; None: its column `teacher`.
         objective: "sampled": on-policy distillation from the teacher's log-probability of each sampled token.
-            "full_vocabulary": the exact reverse KL of each next token, from the teacher's hidden states and LM head.
+            "full_vocabulary": the exact divergence of each next token, from the teacher's hidden states and LM head:
+            the reverse KL, or what TRL's `beta` says.
 
     Raises:
         BadInput: options that cannot be honoured together; the message says which.
@@ -72,6 +76,8 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
                 )
             )
         super().__init__(*args, **kwargs)
+        self._divergence = _divergence(objective, float(self.beta))
+        _check_student(self.accelerator.unwrap_model(self.model), objective)
         self._scorer = scorer
         self._route = route or _teacher_column
         self._router = "column teacher" if route is None else getattr(route, "__qualname__", type(route).__qualname__)
@@ -124,13 +130,19 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
             ScoringError: a teacher cannot answer. Nothing was trained on the batch; started again, it comes again.
         """
         wanted = Wanted(logprobs=True, hidden_states=self._objective == "full_vocabulary")
+        tokenizer = self._backend.info.tokenizer_digest
         items: dict[int, ScoreItem] = {}
         for index, (rollout, teacher) in enumerate(zip(rollouts, teachers, strict=True)):
             if rollout.censored is None and len(rollout.tokens):
                 token_ids = np.concatenate([rollout.prompt, rollout.tokens]).astype(np.int32)
                 span = (len(rollout.prompt), len(token_ids))
                 items[index] = ScoreItem(
-                    token_ids, span, teacher=teacher, temperature=float(self.temperature) or 1.0, wanted=wanted
+                    token_ids,
+                    span,
+                    teacher=teacher,
+                    temperature=float(self.temperature) or 1.0,
+                    wanted=wanted,
+                    expected=Provenance(teacher, tokenizer_digest=tokenizer),
                 )
         found: list[Scores | None] = [None] * len(rollouts)
         order = list(items)
@@ -207,15 +219,61 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
                 inputs["teacher_hidden"][rows][..., :width],
                 self._head(self._teachers[index]).to(hidden_BCH.device),
                 mask_BC,
+                divergence=self._divergence,
                 temperature=float(self.temperature) or 1.0,
                 normalizer=count,
             )
         return total
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"teachers": dict(self._scorer.pins)}
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        for teacher, checkpoint in state.get("teachers", {}).items():
+            self._scorer.pins.setdefault(teacher, checkpoint)
+
     def _head(self, teacher: str) -> Any:
         if teacher not in self._heads:
             self._heads[teacher] = self._scorer.head(teacher).tensor()
         return self._heads[teacher]
+
+
+def _divergence(objective: Objective, beta: float) -> Divergence | None:
+    """What TRL's `beta` asks for: JSD(beta), with forward and reverse KL at its ends."""
+    if objective == "sampled":
+        if beta != 1.0:
+            raise conflict(f"beta={beta} with objective='sampled'", "sampled tokens estimate the reverse KL alone")
+        return None
+    return ReverseKL() if beta == 1.0 else ForwardKL() if beta == 0.0 else JSD(beta)
+
+
+def _check_student(model: Any, objective: Objective) -> None:
+    """The student's logits are computed here, from its last hidden states and its head and nothing else."""
+    config = model.config.get_text_config()
+    found = [
+        f"{name}={value}"
+        for name in (
+            "final_logit_softcapping",
+            "logit_scale",
+            "logits_scaling",
+            "output_multiplier",
+            "lm_head_multiplier",
+        )
+        if (value := getattr(config, name, None)) not in (None, 1.0)
+    ]
+    if objective == "full_vocabulary" and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        found.append("a bias of the LM head")
+    if found:
+        raise BadInput(
+            problem(
+                f"the student changes its logits after its head: {', '.join(found)}",
+                consequence="No trainer was made; it would have been compared with its teachers by other numbers than "
+                "those it samples from",
+                remedy="Distill into a model without that, or compute the loss in a loop of your own with gkd_loss",
+            )
+        )
 
 
 def _unscored(rollout: FinishedRollout, score: Scores | None) -> tuple[tuple[int, int], ...]:
