@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -51,6 +52,12 @@ class _Bound:
         self.tokenizer = tokenizer
         self.run = run
         self.ledger = TrainerLedger(backend, run, archive=archive, extras={"trainer": "slime"})
+        self._evaluations: Counter[str] = Counter()
+
+    def evaluation(self, request: str) -> str:
+        """The name of its cohort, another one each time."""
+        self._evaluations[request] += 1
+        return f"{self.run}/eval/{request}.{self._evaluations[request]}"
 
 
 _bound: _Bound | None = None
@@ -169,25 +176,40 @@ async def generate(args: Any, sample: Any, sampling_params: Mapping[str, Any], e
 
     slime names a sample by its `index`, which goes on counting with its data source. The cohort is named by it and by
     the contents of the request, so that a request that is repeated after a restart finds its rollout. slime aborts
-    what it has no use for any more by cancelling this: the rollout goes on in the backend, and waits for its sample.
+    what it has no use for any more by cancelling this: the rollout goes on in the backend, and waits for its sample
+    until `let_go`.
+
+    Evaluations count their indices from 0 each time. So their cohorts are named by the policy version and by how often
+    the same was asked for under it, and are let go as they are delivered.
     """
     bound = _binding()
     prompt = _prompt(bound, sample)
     params = sampling(sampling_params)
     if not evaluation:
         _check_replay(sample, params.top_p)
-    kind = "eval" if evaluation else "sample"
-    packed: bytes = msgpack.packb([prompt, params.to_dict(), getattr(args, "rollout_seed", 0)])
-    name = f"{bound.run}/{kind}/{sample.index}/{hashlib.sha256(packed).hexdigest()[:16]}"
-    seed = (int(getattr(args, "rollout_seed", 0) or 0) << 32) + int(sample.index or 0)
-    found = bound.backend.generate_async(
-        [prompt],
-        params,
-        seed=seed,
-        cohort=name,
-        metadata=[{"index": sample.index, "group_index": sample.group_index}],
-    )
-    async for rollout in found:
+    seed = int(getattr(args, "rollout_seed", 0) or 0)
+    packed: bytes = msgpack.packb([prompt, params.to_dict(), seed])
+    of_request = f"{sample.index}/{hashlib.sha256(packed).hexdigest()[:16]}"
+
+    async def rollout_of(cohort: str) -> FinishedRollout | None:
+        found = bound.backend.generate_async(
+            [prompt],
+            params,
+            seed=(seed << 32) + int(sample.index or 0),
+            cohort=cohort,
+            metadata=[{"index": sample.index, "group_index": sample.group_index}],
+        )
+        async for rollout in found:
+            return rollout
+        return None
+
+    if evaluation:
+        while True:
+            name = bound.evaluation(f"v{bound.backend.policy_version}/{of_request}")
+            if (rollout := await rollout_of(name)) is not None:  # else it was let go before a restart
+                await asyncio.to_thread(bound.backend.release, [rollout.id])
+                return fill(sample, rollout, bound.tokenizer)
+    if (rollout := await rollout_of(f"{bound.run}/sample/{of_request}")) is not None:
         return fill(sample, rollout, bound.tokenizer)
     raise BadInput(
         problem(
@@ -196,6 +218,23 @@ async def generate(args: Any, sample: Any, sampling_params: Mapping[str, Any], e
             remedy="Start from the newest checkpoint, or give the run another name",
         )
     )
+
+
+def let_go(below: int) -> None:
+    """The rollouts of all samples with an `index` below this are over: those of `generate`, not of `generate_rollout`.
+
+    Call it when a checkpoint of slime is durable, with the `sample_index` of the data source in it: the source goes on
+    from there, so nobody asks for a sample below it again. Without it the log keeps them all. They are not archived,
+    for nobody says which of them slime trained on.
+    """
+    bound = _binding()
+    prefix = f"{bound.run}/sample/"
+    for name, count in bound.backend.cohorts().items():
+        index = name.removeprefix(prefix).split("/")[0]
+        if name.startswith(prefix) and index.isdecimal() and int(index) < below and count.gone < count.size:
+            for rollout in bound.backend.in_flight(name):  # slime has cancelled it
+                bound.backend.abort(rollout, reason="abandoned")
+            bound.backend.release([r.id for r in bound.backend.again(name)])
 
 
 def fill(sample: Any, rollout: FinishedRollout, tokenizer: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from rollout_wal.backend import RolloutBackend
@@ -228,14 +229,42 @@ def test_one_sample_at_a_time_finds_its_rollout_again(args: Namespace, backend: 
     assert first[0].tokens != first[1].tokens  # the same prompt, another seed
     begun = backend.balance().begun
     assert begun == 4
-    evaluated = asyncio.run(slime.generate(args, Source(args).get_samples(1)[0][0], sampling, evaluation=True))
-    assert evaluated.status is not Sample.Status.PENDING
-    assert backend.balance().begun == begun + 1
     with pytest.raises(BadSampling, match="unknown sampling parameters"):
         asyncio.run(group(Source(args), logit_bias={"1": 2.0}))
-    backend.consumed([s.metadata[slime.METADATA]["rollout"] for s in first], epoch=0, step=1)
+    slime.let_go(2)
     with pytest.raises(BadInput, match="was consumed or released before"):
         asyncio.run(group(Source(args)))
+    assert [c.gone for n, c in sorted(backend.cohorts().items()) if "/sample/" in n] == [1, 1, 0, 0]
+
+
+def test_every_evaluation_is_of_the_weights_in_force(args: Namespace, backend: RolloutBackend, model: Path) -> None:
+    """slime counts the samples of an evaluation from 0 each time, and two data sets may share index and prompt."""
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 24}
+
+    def evaluate(times: int = 1) -> list[Sample]:
+        async def all_of_them() -> list[Sample]:
+            samples = [Source(args).get_samples(1)[0][0] for _ in range(times)]
+            return list(await asyncio.gather(*(slime.generate(args, s, sampling, evaluation=True) for s in samples)))
+
+        return asyncio.run(all_of_them())
+
+    slime.use_backend(backend, AutoTokenizer.from_pretrained(model))
+    begun = backend.balance().begun
+    first, twin = evaluate(2)
+    assert first.tokens == twin.tokens  # the same request, under the same weights
+    assert backend.balance().begun == begun + 2
+    slime.use_backend(backend, AutoTokenizer.from_pretrained(model))  # as after a restart
+    assert evaluate()[0].tokens == first.tokens
+    weights = load_file(model / "model.safetensors")
+    name = next(n for n in weights if n.endswith("layers.0.mlp.down_proj.weight"))
+    version = backend.policy_version + 1
+    backend.update_weights({**weights, name: weights[name] + 0.5}, version)
+    later = evaluate()[0]
+    assert set(later.weight_versions) == {str(version)}
+    assert later.tokens != first.tokens
+    balance = backend.balance()
+    assert balance.begun == begun + 4
+    assert not any(c.size > c.gone for n, c in backend.cohorts().items() if "/eval/" in n)
 
 
 def test_what_cannot_be_honoured_is_refused(args: Namespace, backend: RolloutBackend, model: Path) -> None:
