@@ -92,11 +92,12 @@ def train(student: Path, out: Path) -> list[float]:
             padded = collate_padded(batch.samples, names)
             logits = model(padded.input_ids, attention_mask=padded.attention_mask.long()).logits[:, :-1].float()
             logprobs = torch.log_softmax(logits, -1).gather(-1, padded.input_ids[:, 1:, None])[..., 0]
-            mask = padded.loss_mask[:, 1:]
-            scores = torch.stack([padded.columns[f"{g}.logprobs"][:, 1:] for g in here])
-            # Rows that a teacher did not score hold no weight for it, so that what stands there is not read.
-            weights = torch.stack([padded.columns[f"{g}.weight"].amax(-1) for g in here])
-            advantages = multi_teacher_advantages(scores, weights, logprobs, mask)
+            scores, weights = (
+                torch.stack([padded.columns[f"{g}.{column}"][:, 1:] for g in here]) for column in ("logprobs", "weight")
+            )
+            scored = torch.stack([padded.masks[f"{g}.logprobs"][:, 1:] for g in here]) & padded.loss_mask[:, 1:]
+            mask = scored.any(0)
+            advantages = multi_teacher_advantages(scores, weights, logprobs, scored)
             loss = policy_gradient_loss(logprobs, advantages, mask)
             optimizer.zero_grad()
             loss.backward()

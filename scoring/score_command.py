@@ -110,7 +110,7 @@ def score(
     \b
     rollout-wal generate models/student prompts.jsonl out -n 8
     rollout-wal serve-teachers teachers.yaml &
-    rollout-wal score out/dataset --server localhost:7070 --route math=t-math --outputs logprobs,topk=64
+    rollout-wal score out/dataset --server localhost:50151 --route math=t-math --outputs logprobs,topk=64
     """
     from rollout_wal.errors import RolloutWalError
 

@@ -75,11 +75,11 @@ def opd_advantages(teacher_logprobs_BT: Tensor, student_logprobs_BT: Tensor, mas
 
 
 def multi_teacher_advantages(
-    teacher_logprobs_KBT: Tensor, weights: Tensor, student_logprobs_BT: Tensor, mask_BT: Tensor
+    teacher_logprobs_KBT: Tensor, weights: Tensor, student_logprobs_BT: Tensor, mask: Tensor
 ) -> Tensor:
     """On-policy distillation from several teachers at once.
 
-        Â_t = Σ_k w_k · sg[log π_k(y_t) − log π_train(y_t)]
+        Â_t = Σ_k w_k,t · sg[log π_k(y_t) − log π_train(y_t)]
 
     With weights that sum to 1 this is the policy gradient of the weighted sum of reverse KLs, whose minimum is the
     teachers' geometric mean. Source: multi-teacher OPD as in MiMo-V2-Flash, arXiv:2601.02780; hard routing by domain
@@ -87,29 +87,34 @@ def multi_teacher_advantages(
 
     Args:
         teacher_logprobs_KBT: floating [K, B, T].
-        weights: floating [K], or [K, B] for one set of weights for each sequence; 0 leaves a teacher out, and
-            what stands in its log-probabilities is then not read.
+        weights: floating [K]; [K, B], one set for each sequence; or [K, B, T], one for each token. 0 leaves a teacher
+            out, and what stands in its log-probabilities is then not read.
+        mask: bool [B, T], or [K, B, T] where teachers scored different tokens: what one did not score adds nothing.
+
+    Returns:
+        [B, T], detached; 0 where no teacher counts.
     """
-    require_shape("teacher_logprobs", teacher_logprobs_KBT, (None, *mask_BT.shape), "teachers come first")
-    count = teacher_logprobs_KBT.shape[0]
-    if weights.dim() == 1:
-        weights = weights.unsqueeze(-1)
-    if weights.shape[0] != count or weights.shape[1] not in (1, mask_BT.shape[0]) or bool((weights < 0).any()):
+    count, *tokens = teacher_logprobs_KBT.shape
+    require_shape("teacher_logprobs", teacher_logprobs_KBT, (None, None, None), "teachers come first")
+    each = mask if mask.dim() == 3 else mask.expand(count, *mask.shape)
+    require_shape("mask", each, (count, *tokens), f"teacher_logprobs has shape {list(teacher_logprobs_KBT.shape)}")
+    if list(weights.shape) not in ([count, *tokens][:n] for n in (1, 2, 3)) or bool((weights < 0).any()):
         raise BadTensor(
             problem(
-                f"weights has shape {list(weights.shape)} for {count} teachers and {mask_BT.shape[0]} sequences, "
-                f"or holds a negative weight",
+                f"weights has shape {list(weights.shape)} for {count} teachers of {tokens} tokens, or holds a negative "
+                "weight",
                 consequence=REFUSED,
-                remedy="Pass [K] or [K, B], none negative",
+                remedy="Pass [K], [K, B] or [K, B, T], none negative",
             )
         )
-    total: Tensor | None = None
-    for teacher_BT, weight_B in zip(teacher_logprobs_KBT, weights):
-        used = mask_BT & (weight_B > 0).unsqueeze(-1)
-        part = opd_advantages(teacher_BT, student_logprobs_BT, used) * weight_B.detach().unsqueeze(-1)
-        total = part if total is None else total + part
-    if total is None:
+    if not count:
         raise BadTensor(problem("there are no teachers", consequence=REFUSED, remedy="Pass at least one"))
+    weights_KBT = weights.detach().reshape(*weights.shape, *[1] * (3 - weights.dim())).expand(count, *tokens)
+    total = torch.zeros_like(checked("student_logprobs", student_logprobs_BT, each.any(0))).detach()
+    for teacher_BT, weight_BT, mask_BT in zip(teacher_logprobs_KBT, weights_KBT, each):
+        used = mask_BT & (weight_BT > 0)
+        part = opd_advantages(teacher_BT, student_logprobs_BT, used)
+        total = total + part * torch.where(used, weight_BT, torch.zeros_like(weight_BT))
     return total
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rollout_kernels.checks import REFUSED, require_finite, require_positive, require_shape
 from rollout_kernels.errors import BadOption, BadTensor, problem
-from rollout_kernels.linear_divergence import Divergence, HiddenStates, linear_divergence_per_token
+from rollout_kernels.linear_divergence import Divergence, HiddenStates, TopK, linear_divergence_per_token
 from rollout_kernels.linear_divergence.divergences import ABSENT
+from rollout_kernels.linear_divergence.inputs import check_top_k
 from rollout_kernels.mxfp4 import MXFP4
 
 from .reduce import Reduction, reduce_tokens
@@ -107,7 +108,8 @@ def local_support_loss(
     require_shape("student_logits", student_logits, (*mask_BT.shape, None), f"mask has shape {list(mask_BT.shape)}")
     require_shape("support_ids", support_ids, (*mask_BT.shape, None), f"mask has shape {list(mask_BT.shape)}")
     require_shape("teacher_logprobs", teacher_logprobs, tuple(support_ids.shape), "one for each id of the support")
-    ids_NK, logits_NV = support_ids[mask_BT].long(), _wide(student_logits[mask_BT])
+    ids_NK, logits_NV = support_ids[mask_BT].long(), _wide(student_logits[mask_BT]).clamp(min=ABSENT)
+    require_finite("student_logits", logits_NV)
     absent = ids_NK < 0
     vocabulary = logits_NV.shape[-1]
     if ids_NK.numel() and (int(ids_NK.max()) >= vocabulary or bool(absent.all(-1).any())):
@@ -120,7 +122,7 @@ def local_support_loss(
             )
         )
     teacher_NK = teacher_logprobs.detach()[mask_BT].to(logits_NV.dtype).masked_fill(absent, ABSENT)
-    require_finite("teacher_logprobs", teacher_NK)
+    check_top_k(TopK(ids_NK, teacher_NK))
     logprobs_NV = torch.log_softmax(logits_NV / temperature, -1)
     student_NK = logprobs_NV.gather(-1, ids_NK.clamp(min=0)).masked_fill(absent, ABSENT)
     if outside == "bucket":

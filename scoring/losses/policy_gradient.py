@@ -87,9 +87,8 @@ def grpo_loss(
             )
         )
     if reference_logprobs_BT is not None:
-        log_rho = checked("reference_logprobs", reference_logprobs_BT, mask_BT) - checked(
-            "logprobs", logprobs_BT, mask_BT
-        )
+        reference = checked("reference_logprobs", reference_logprobs_BT.detach(), mask_BT)
+        log_rho = (reference - checked("logprobs", logprobs_BT, mask_BT)).clamp(-_LOG_RATIO_MAX, _LOG_RATIO_MAX)
         surrogate = surrogate + kl_weight * (torch.expm1(log_rho) - log_rho)
     return reduce_tokens(surrogate, mask_BT, reduction, normalizer)
 
@@ -140,7 +139,8 @@ def icepop_loss(
 
     Tokens that are left out still count in the mean: their share must not raise the weight of the others.
 
-    Source: IcePop, in "Every Step Evolves" (Ring-1T), arXiv:2510.18855.
+    Source: IcePop, in "Every Step Evolves" (Ring-1T), arXiv:2510.18855, without its KL term. There the mean is over
+    each response's tokens first: reduction="sequence_mean".
     """
     require_band("alpha", alpha, "beta", beta)
     k = _ratio("old_logprobs", old_logprobs_BT, "behav_logprobs", behav_logprobs_BT, mask_BT).detach()
@@ -169,7 +169,7 @@ def masked_importance_loss(
     reduction: Reduction = "token_mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """REINFORCE with truncated importance weights between trainer and inference engine, and no proximal policy.
+    """REINFORCE with importance weights between trainer and inference engine, 0 outside a band; no proximal policy.
 
         w_t = sg[r_t] · 1[ε_low ≤ r_t ≤ ε_high],   r_t = π_train(y_t) / π_behav(y_t)
         L = −mean_t w_t · sg[Â_t] · log π_train(y_t)

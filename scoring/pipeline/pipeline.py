@@ -43,12 +43,12 @@ _T = TypeVar("_T")
 class Pipeline(AbstractContextManager["Pipeline"]):
     """Joins an engine, scoring servers and a learner. Use as a context manager around the training loop.
 
-        with RolloutBackend(...) as backend, Pipeline(backend, "data", ["host:7070"], prompts, sampling, ...) as pipe:
+        with RolloutBackend(...) as backend, Pipeline(backend, "data", ["host:50151"], prompts, sampling, ...) as pipe:
             for batch in pipe:
                 train(batch)
                 save_checkpoint(model, optimizer, pipe.trained(batch, step))
                 pipe.commit()
-                pipe.update_weights(folder, version)
+                pipe.update_weights(folder, backend.policy_version + 1)
 
     What `trained` returns belongs into the same checkpoint as the weights. A checkpoint need not be made at every step:
     batches that were trained on since the last one come again after a crash, as its weights have not seen them.
@@ -64,7 +64,7 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         wanted: what they compute; see `scoring.tasks` for the columns.
         temperature: that teachers' logits are divided by.
         state: of the checkpoint that the learner goes on from.
-        version: of the policy that is in force.
+        version: of the policy that is in force; None: the backend's.
     """
 
     def __init__(
@@ -81,10 +81,11 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         options: PipelineOptions | None = None,
         client: ClientOptions | None = None,
         state: Mapping[str, Any] | None = None,
-        version: int = 0,
+        version: int | None = None,
     ) -> None:
         self._backend, self._folder = backend, Path(folder)
         self.options = options or PipelineOptions()
+        self._version = version
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pipeline", daemon=True)
         self._make_stages = partial(
@@ -98,7 +99,6 @@ class Pipeline(AbstractContextManager["Pipeline"]):
             options=self.options,
             client=client,
             state=dict(state or {}),
-            version=version,
             loop=self._loop,
         )
 
@@ -108,7 +108,8 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         )
         # Scores that are there and scores that come are of one checkpoint, whatever servers have by now.
         pins = stored_pins(open_dataset(self._folder, check_files=False))
-        self._stages = self._make_stages(self._backend, writer, pins=pins)
+        version = self._backend.policy_version if self._version is None else self._version
+        self._stages = self._make_stages(self._backend, writer, pins=pins, version=version)
         self._thread.start()
         self._call(self._stages.start())
         return self

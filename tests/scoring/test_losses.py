@@ -211,6 +211,50 @@ def test_token_advantages(data: dict[str, Tensor]) -> None:
     np.testing.assert_array_equal(again, many)
 
 
+def test_teachers_of_single_tokens(data: dict[str, Tensor]) -> None:
+    """As a router by segment has it: each token has teachers of its own, and the others' columns hold nothing."""
+    t, s, r, mask = (data[k].numpy() for k in ("teacher", "new", "reference", "mask"))
+    g = torch.Generator().manual_seed(5)
+    scored = (torch.rand(2, B, T, generator=g) > 0.4) & data["mask"]
+    weights = torch.rand(2, B, T, generator=g, dtype=torch.float64)
+    both = torch.stack((data["teacher"], data["reference"])).masked_fill(~scored, torch.nan)
+    weights = weights.masked_fill(~scored, torch.nan).nan_to_num(0.0)
+    student = data["new"].clone().requires_grad_()
+    found = losses.multi_teacher_advantages(both, weights, student, scored)
+    assert not found.requires_grad
+    k, w = scored.numpy(), weights.numpy()
+    expected = plain_tokens(
+        mask,
+        lambda b, i: sum(w[n, b, i] * (x[b, i] - s[b, i]) for n, x in enumerate((t, r)) if k[n, b, i]),
+    )
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-15)
+    assert (scored.any(0) != data["mask"]).any()
+    for wrong in (torch.ones(3), torch.ones(2, B + 1), torch.ones(2, 1, T), -torch.ones(2)):
+        with pytest.raises(BadTensor, match="weights has shape"):
+            losses.multi_teacher_advantages(both, wrong.double(), data["new"], scored)
+    with pytest.raises(BadTensor, match="mask"):
+        losses.multi_teacher_advantages(both, weights, data["new"], scored[:1])
+
+
+def test_a_reference_is_a_constant_and_a_distant_one_no_overflow(data: dict[str, Tensor]) -> None:
+    new, reference = (data[k].clone().requires_grad_() for k in ("new", "reference"))
+    loss = losses.grpo_loss(
+        new, data["old"], data["advantages"], data["mask"], reference_logprobs_BT=reference, kl_weight=0.5
+    )
+    loss.backward()
+    assert reference.grad is None
+    assert new.grad is not None
+    far = losses.grpo_loss(
+        data["new"] - 200.0,
+        data["old"] - 200.0,
+        data["advantages"],
+        data["mask"],
+        reference_logprobs_BT=data["reference"],
+        kl_weight=0.5,
+    )
+    assert torch.isfinite(far)
+
+
 def plain_jsd(p: np.ndarray, q: np.ndarray, beta: float) -> float:
     """p teacher, q student."""
 
@@ -377,6 +421,18 @@ def test_refusals(data: dict[str, Tensor]) -> None:
         losses.grpo_loss(data["new"], data["old"], data["advantages"], mask, kl_weight=0.1)
     with pytest.raises(BadOption, match="reduction"):
         losses.opd_loss(data["new"], data["teacher"], mask, reduction="mean")  # type: ignore[arg-type]
+    support = losses.union_support(data["student_logits"], data["teacher_logits"].topk(K, -1).indices, K)
+    teacher = torch.log_softmax(data["teacher_logits"], -1).gather(-1, support.clamp(min=0))
+    nan, twice, logits = data["student_logits"].clone(), support.clone(), teacher + 9.0
+    nan[0, 2, 4] = torch.nan
+    twice[0, 3, 1] = twice[0, 3, 0]
+    for args, what in (
+        ((nan, support, teacher), "student_logits.*nan"),
+        ((data["student_logits"], twice, teacher), "repeats an index"),
+        ((data["student_logits"], support, logits), "no log-probability"),
+    ):
+        with pytest.raises(BadTensor, match=what):
+            losses.local_support_loss(*args, mask)
     nothing = torch.zeros_like(mask)
     assert float(losses.opd_loss(data["new"], data["teacher"], nothing)) == 0.0
 

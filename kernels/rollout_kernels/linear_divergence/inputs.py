@@ -95,7 +95,7 @@ def prepare(
             teacher = replace(teacher, logits=select(teacher.logits, 1))
         case TopK():
             teacher = TopK(select(teacher.indices, 1), select(teacher.logprobs, 1))
-            _check_top_k(teacher)
+            check_top_k(teacher)
         case Sampled():
             teacher = Sampled(select(teacher.tokens, 0), select(teacher.logprobs, 0))
             _check_sampled(teacher, vocabulary)
@@ -178,7 +178,7 @@ def _check_options(teacher: Teacher, divergence: Divergence | SampledKL, top_k: 
         )
 
 
-def _check_top_k(teacher: TopK) -> None:
+def check_top_k(teacher: TopK) -> None:
     """Contents: distinct indices, and log-probabilities that are some."""
     used = teacher.indices >= 0
     ordered = teacher.indices.long().sort(-1).values
