@@ -18,6 +18,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -160,6 +161,6 @@ def load(errors: Path, act: str) -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    exec(act, {"os": os, "Scheduler": Scheduler, "HookRegistry": HookRegistry})
+    exec(act, {"os": os, "sys": sys, "Scheduler": Scheduler, "HookRegistry": HookRegistry})
     load_plugins()
     print("hooks", sum(map(len, HookRegistry._hooks.values())), flush=True)

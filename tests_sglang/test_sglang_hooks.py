@@ -13,10 +13,10 @@ from rollout_wal.errors import BadInput, UnsupportedEngine
 
 
 def every_hook() -> list[Hook]:
-    from rollout_wal.engines.sglang import plugin, scheduler
+    from rollout_wal.engines.sglang import scheduler, server_hooks
 
-    wraps = [wrap.hook for wrap in plugin.WRAPS]
-    return [*wraps, *scheduler.RELIED_ON, *plugin.RELIED_ON]
+    wraps = [wrap.hook for wrap in server_hooks.WRAPS]
+    return [*wraps, *scheduler.RELIED_ON, *server_hooks.RELIED_ON]
 
 
 def test_every_hook_is_where_it_was() -> None:
@@ -35,7 +35,14 @@ def test_the_installed_version_is_supported_and_others_are_refused(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"speculative_algorithm": "EAGLE"}, {"tp_size": 2}, {"disable_overlap_schedule": False}]
+    "change",
+    [
+        {"speculative_algorithm": "EAGLE"},
+        {"enable_mixed_chunk": True},
+        {"dllm_algorithm": "LowConfidence"},
+        {"tp_size": 2},
+        {"disable_overlap_schedule": False},
+    ],
 )
 def test_arguments_that_change_what_is_drawn_are_refused(model: Any, change: dict[str, Any]) -> None:
     from rollout_wal.engines.sglang.engine import SglangEngine
@@ -54,6 +61,19 @@ _CASES = {
         r"Scheduler.pause_generation takes (self, how) instead of (self, recv_req, ...)",
         1,
     ),
+    "import fails": (
+        _CONFIGURED + "sys.modules['rollout_wal.engines.sglang.server_log'] = None",
+        "rollout-wal could not be loaded: ModuleNotFoundError",
+        1,
+    ),
+    "import fails, no log": ("sys.modules['rollout_wal.engines.sglang.server_log'] = None", "hooks 0", 0),
+    "bad option": (
+        _CONFIGURED + "os.environ['ROLLOUT_WAL_SGLANG_POLICY_VERSION'] = 'v1'",
+        "ROLLOUT_WAL_SGLANG_POLICY_VERSION='v1' is not a number",
+        1,
+    ),
+    # SGLang's own whitelist: nothing of this package runs, so that only the absence of its words tells.
+    "not in the whitelist": (_CONFIGURED + "os.environ['SGLANG_PLUGINS'] = 'another'", "hooks 0", 0),
     "not applied": (
         _CONFIGURED + "HookRegistry._patched.add('sglang.srt.managers.schedule_batch.Req.update_finish_state')",
         "has not applied the hooks",

@@ -17,6 +17,8 @@ from rollout_wal.params import SamplingParams
 
 #: SGLang's own switch for tests: it retracts running requests every so many forward passes.
 RETRACTING = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
+#: Smaller than by default, so that it shows that the log is set up as its operator says.
+SMALL_FILES = {"ROLLOUT_WAL_SGLANG_SEGMENT_BYTES": str(1 << 20)}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,10 @@ def server(server_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     # Overlapped, as on a GPU: each step is drawn before the one before it is appended. SGLang starts its processes
     # itself, each of which loads the plug-in.
     running = server_of(
-        tmp_path_factory.mktemp("plugin") / "wal", spawn=True, variables=RETRACTING, disable_overlap_schedule=False
+        tmp_path_factory.mktemp("plugin") / "wal",
+        spawn=True,
+        variables={**RETRACTING, **SMALL_FILES},
+        disable_overlap_schedule=False,
     ).wait_ready()
     yield running
     running.end()
@@ -75,6 +80,10 @@ def test_what_is_shown_is_logged_and_is_what_the_embedded_engine_draws(server: A
         np.testing.assert_allclose(kept.sampling_logprob.value_T, [r[2] for r in expected[i]], atol=2e-4)
         assert kept.finish == expected[i][-1][3]
         assert kept.attempts == 1
+
+
+def test_the_log_is_set_up_by_the_environment(server: Any) -> None:
+    assert max(path.stat().st_size for path in (server.log / "0").rglob("*")) == 1 << 20
 
 
 def test_a_rollout_that_had_ended_is_answered_from_the_log(server: Any) -> None:
@@ -156,6 +165,9 @@ def test_stop_strings_end_a_rollout_and_are_found_again(server: Any, model: Path
     assert (again["tokens"], again["text"], again["finish"]) == (first["tokens"], first["text"], first["finish"])
     kept = [k for k in read_logged(server.log / "0").values() if k.finish is FinishReason.STOP_STRING]
     assert [k.token_T.tolist() for k in kept] == [first["tokens"]]
+    # Under the same name without the stop string, nothing that it had ended is taken for the answer.
+    server.generate("f3", prompt, custom_params=stopped, **params)
+    assert server.ended("f3")["tokens"] == whole["tokens"]
 
 
 def test_requests_without_a_rollout_pass(server: Any) -> None:
@@ -170,6 +182,7 @@ def test_requests_without_a_rollout_pass(server: Any) -> None:
     [
         ({"sampling_seed": 3}, "silently ignored"),
         ({"rollout": "x", "json_schema": "{}"}, "json_schema cannot be combined"),
+        ({"rollout": "x", "n": 2}, "n=2 with a rollout id"),
         ({"rollout": "x", "logit_bias": {"5": 1.0}}, "logit_bias cannot be combined"),
         ({"custom_params": {"rollout": -1}}, "is no id"),
         ({"custom_params": {"rollout": "x", "rollout_kex": 1}}, "unknown rollout parameters"),

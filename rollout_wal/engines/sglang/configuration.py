@@ -1,4 +1,4 @@
-"""What the plug-in cannot work with: refused before a server starts."""
+"""What neither the plug-in nor the embedded engine can work with: refused before anything is generated."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from ...errors import BadInput, problem
 
-#: What samples elsewhere, or shows tokens on other ways than the output streamer.
-_UNSUPPORTED: Final = {
+#: Fields of ServerArgs that make SGLang sample elsewhere, or show tokens on other ways than the output streamer: the
+#: value that leaves it alone, and why no other.
+UNSUPPORTED: Final[dict[str, tuple[Any, str]]] = {
     "speculative_algorithm": (None, "speculative decoding draws several tokens at a position"),
     "disaggregation_mode": ("null", "prefill and decode have a log each, and none of them the whole"),
     "pp_size": (1, "pipeline stages sample in a process of their own"),
@@ -25,7 +26,7 @@ def check_configuration(scheduler: Any, variable: str) -> None:
     Raises:
         BadInput: a configuration under which tokens would not be drawn by position, or not be logged.
     """
-    for name, (allowed, why) in _UNSUPPORTED.items():
+    for name, (allowed, why) in UNSUPPORTED.items():
         value = getattr(scheduler.server_args, name, allowed)
         if value != allowed:
             raise BadInput(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
+from ...errors import problem
 from ...finish import finish_reason
 from ...params import SamplingParams
 from ..base import FinishReason, Request
@@ -34,15 +35,28 @@ _REFUSED_PARAMS: Final = {
     "logit_bias": "the project's draw does not know it",
     "watermark": "it replaces the draw",
 }
+_IDS_ONLY: Final = "a rollout is known by its token ids, and a resume has nothing else"
+_NOT_LOGGED: Final = "they are not logged, so a resume could not return them"
 _REFUSED_REQUEST: Final = {
     "custom_logit_processor": "the project's draw does not know it",
-    "input_embeds": "a resume needs token ids",
+    "input_embeds": _IDS_ONLY,
+    "positional_embed_overrides": _IDS_ONLY,
+    "mm_inputs": _IDS_ONLY,
+    # Neither the rollout's id nor the policy version tells adapters apart.
+    "lora_id": "the log knows the weights by the server's policy version, and an adapter has none",
     "session_params": "a resume needs the whole prompt",
-    "mm_inputs": "a resume needs token ids",
     "return_sampling_mask": "it describes SGLang's own draw",
-    "top_logprobs_num": "they are not logged, so a resume could not return them",
-    "token_ids_logprob": "they are not logged, so a resume could not return them",
+    "top_logprobs_num": _NOT_LOGGED,
+    "token_ids_logprob": _NOT_LOGGED,
+    "return_hidden_states": _NOT_LOGGED,
+    "return_routed_experts": _NOT_LOGGED,
+    "return_indexer_topk": _NOT_LOGGED,
 }
+
+
+def not_accepted(what: str, remedy: str) -> str:
+    """What a client is told."""
+    return problem(what, consequence="The request was not accepted, and nothing is logged of it", remedy=remedy)
 
 
 def refusal(recv_req: Any, deterministic: bool) -> str | None:
@@ -58,28 +72,50 @@ def refusal(recv_req: Any, deterministic: bool) -> str | None:
         return str(error)
     if not named:
         if params.sampling_seed is not None and not deterministic:
-            return (
-                "sampling_seed is silently ignored by this server: it needs --enable-deterministic-inference. "
-                "Name a rollout in custom_params, whose noise is keyed by position, or leave the seed out"
+            return not_accepted(
+                "sampling_seed is silently ignored by this server: it needs --enable-deterministic-inference",
+                "Name a rollout in custom_params, whose noise is keyed by position, or leave the seed out",
             )
         return None
-    for where, refused in ((params, _REFUSED_PARAMS), (recv_req, _REFUSED_REQUEST)):
-        for field, why in refused.items():
-            if getattr(where, field, None) not in (None, False, 0, "", [], {}):
-                return f"{field} cannot be combined with a rollout id: {why}"
-    if (params.beam_width or 1) > 1:
-        return "beam_width cannot be combined with a rollout id: beams are not sampled"
-    if recv_req.return_logprob and recv_req.logprob_start_len >= 0:
-        return "logprob_start_len cannot be combined with a rollout id: after a resume the prompt holds output"
+    if (found := next(_combined(recv_req), None)) is not None:
+        field, why = found
+        return not_accepted(
+            f"{field} cannot be combined with a rollout id: {why}", f"Leave out {field}, or the rollout id"
+        )
+    # SGLang copies the request with its name: each copy would cut off the one before it.
+    if params.n > 1:
+        return not_accepted(
+            f"n={params.n} with a rollout id: each completion is a rollout",
+            "Send a request for each, under a name of its own",
+        )
     if why := params.custom_params.get("rollout_wal_no"):
         return str(why)
     spec = spec_of(params.custom_params)
     assert spec is not None
     if not 0 <= spec.prefix < len(recv_req.input_ids):
-        return f"rollout_prefix={spec.prefix} leaves no prompt: the request has {len(recv_req.input_ids)} tokens"
+        return not_accepted(
+            f"rollout_prefix={spec.prefix} leaves no prompt: the request has {len(recv_req.input_ids)} tokens",
+            "Send the prompt with the prefix after it, and count only the prefix",
+        )
     if any(not 0 <= at < spec.prefix for at in spec.observed):
-        return f"rollout_observed names tokens outside of the prefix of {spec.prefix}"
+        return not_accepted(
+            f"rollout_observed names tokens outside of the prefix of {spec.prefix}",
+            "Pass indexes into the prefix, which begin with 0",
+        )
     return None
+
+
+def _combined(recv_req: Any) -> Iterator[tuple[str, str]]:
+    """What a request has that no rollout can have, and why."""
+    params = recv_req.sampling_params
+    for where, refused in ((params, _REFUSED_PARAMS), (recv_req, _REFUSED_REQUEST)):
+        for field, why in refused.items():
+            if getattr(where, field, None) not in (None, False, 0, "", [], {}):
+                yield field, why
+    if (params.beam_width or 1) > 1:
+        yield "beam_width", "beams are not sampled"
+    if recv_req.return_logprob and recv_req.logprob_start_len >= 0:
+        yield "logprob_start_len", "after a resume the prompt holds output"
 
 
 def sampling_of(params: Any) -> SamplingParams:
@@ -94,6 +130,8 @@ def sampling_of(params: Any) -> SamplingParams:
         max_tokens=max(1, count),
         min_tokens=min(params.min_new_tokens, max(1, count)),
         stop_token_ids=tuple(sorted(params.stop_token_ids or ())),
+        # SGLang looks for both. Here they tell rollouts of one name apart: what is logged ended by its own.
+        stop=(*(params.stop_strs or ()), *(f"regex:{pattern}" for pattern in params.stop_regex_strs or ())),
         ignore_eos=params.ignore_eos,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,

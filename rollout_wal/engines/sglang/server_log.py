@@ -20,7 +20,8 @@ from ..common.step_log import StepLog
 from . import replay
 from .hooks import ATTRIBUTE
 from .info import info_message, info_of
-from .member import OWN, Found, Member, neutralise, refusal
+from .member import OWN, Found, Member, neutralise, not_accepted, refusal
+from .options import Options
 from .outputs import Held, Outputs
 from .retraction import RetractedKv
 from .rollouts import Rollout, Rollouts
@@ -35,10 +36,10 @@ class ServerLog:
 
     Args:
         path: of the log. Only one rank of each replica has it, the one that talks to the front end.
-        policy_version: of the weights that the server starts with.
+        options: `options.log` is not looked at.
     """
 
-    def __init__(self, scheduler: Any, path: Path, policy_version: int) -> None:
+    def __init__(self, scheduler: Any, path: Path, options: Options) -> None:
         args = scheduler.server_args
         self._scheduler = scheduler
         folder = Path(args.model_path)
@@ -49,8 +50,8 @@ class ServerLog:
         self._max_context = info.max_context
         self.rollouts = Rollouts(int(scheduler.max_running_requests), self._eos, self._max_context)
         setattr(scheduler.tp_worker.model_runner, ATTRIBUTE, self.rollouts)
-        self.weights = Weights(folder, policy_version, digest, self.rollouts, self._declare)
-        scheduler.record_weight_version_change(new_version=str(policy_version))
+        self.weights = Weights(folder, options.policy_version, digest, self.rollouts, self._declare)
+        scheduler.record_weight_version_change(new_version=str(options.policy_version))
         self.retracted = RetractedKv(scheduler, _RETRACTED_KV_BYTES)
         self._running: dict[int, Any] = {}
         """Rollout to the request that has it."""
@@ -60,9 +61,13 @@ class ServerLog:
             self.log = StepLog.open(
                 path,
                 info=info_message(info),
-                policy_version=policy_version,
+                policy_version=options.policy_version,
                 weights_digest=digest,
                 source=str(folder),
+                segment_bytes=options.segment_bytes,
+                policy=options.sync,
+                take_over=options.take_over,
+                keep=options.keep,
             )
             self._outputs = Outputs(scheduler, self.log)
 
@@ -94,8 +99,10 @@ class ServerLog:
         if attempt is not None and attempt <= logged.attempts:
             params.custom_params = {
                 **params.custom_params,
-                OWN[-1]: f"rollout_attempt={attempt} is not newer than attempt {logged.attempts}, which is logged; "
-                "number attempts upwards, or leave the number out",
+                OWN[-1]: not_accepted(
+                    f"rollout_attempt={attempt} is not newer than attempt {logged.attempts}, which is logged",
+                    "Number attempts upwards, or leave the number out",
+                ),
             }
         elif len(logged) and not member.spec.prefix:
             Found.of(logged).attach(params)

@@ -12,6 +12,7 @@ from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from ...errors import BadInput, problem
+from .configuration import UNSUPPORTED
 from .scheduler import EmbeddedScheduler
 
 _ALWAYS: Final = {"skip_tokenizer_init": True, "disable_overlap_schedule": True, "log_level": "warning"}
@@ -21,27 +22,26 @@ _ON_A_CPU: Final = {
     "mem_fraction_static": 0.1,
     "disable_cuda_graph": True,
 }
-#: What draws tokens elsewhere, several in a step, or in several processes.
-_REFUSED = {
-    "speculative_algorithm": None,
-    "disaggregation_mode": "null",
-    "tp_size": 1,
-    "pp_size": 1,
-    "dp_size": 1,
-    "disable_overlap_schedule": True,
-    "skip_tokenizer_init": True,
+_ONE_PROCESS: Final = "it is one process; run SGLang's own server with the plug-in for parallelism"
+#: What the plug-in refuses, and what the embedded engine cannot do besides.
+_REFUSED: Final = {
+    **UNSUPPORTED,
+    "tp_size": (1, _ONE_PROCESS),
+    "dp_size": (1, _ONE_PROCESS),
+    "disable_overlap_schedule": (True, "each step is appended before the next is drawn"),
+    "skip_tokenizer_init": (True, "it takes and gives token ids"),
 }
 
 
 def refuse_arguments(server_args: Mapping[str, Any]) -> None:
     """Raises BadInput: arguments with which tokens would be drawn elsewhere."""
-    for name, allowed in _REFUSED.items():
+    for name, (allowed, why) in _REFUSED.items():
         if server_args.get(name, allowed) != allowed:
             raise BadInput(
                 problem(
-                    f"server_args has {name}={server_args[name]!r}; the embedded engine needs {allowed!r}",
+                    f"server_args has {name}={server_args[name]!r}; the embedded engine needs {allowed!r}: {why}",
                     consequence="No model was loaded",
-                    remedy="Leave it out; run SGLang's own server with the plug-in for tensor and data parallelism",
+                    remedy=f"Leave {name} out",
                 )
             )
 
