@@ -65,11 +65,12 @@ test-sglang: system env-sglang ## the tests inside the real SGLang engine, on a 
 test-verl: env-verl ## the tests inside the real verl, with Ray, on a CPU; an environment of their own
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -m "not slow" tests_verl
 
-lint: $(STAMP) ## ruff, mypy --strict, import contracts
+lint: $(STAMP) ## ruff, mypy --strict, import contracts, buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	cd proto && ../$(BIN)/buf lint
 
 format: $(STAMP) ## let ruff fix what it can
 	$(BIN)/ruff check --fix .

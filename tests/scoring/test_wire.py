@@ -182,6 +182,11 @@ def test_the_generated_code_is_that_of_the_proto_file(tmp_path: Path) -> None:
         for field in message.field:
             field.ClearField("json_name")
     assert now == expected
+    service = now.service[0]
+    stubs = (REPOSITORY / "scoring/v1/scoring_pb2_grpc.py").read_text()
+    assert set(re.findall(r"'/scoring\.v1\.(\w+/\w+)'", stubs)) == {f"{service.name}/{m.name}" for m in service.method}
+    types = re.findall(r"^class (\w+)\(_message", (REPOSITORY / "scoring/v1/scoring_pb2.pyi").read_text(), re.MULTILINE)
+    assert sorted(types) == sorted(m.name for m in now.message_type)
     version = re.search(r"Protobuf Python Version: (\d+)", (REPOSITORY / "scoring/v1/scoring_pb2.py").read_text())
     assert version
     assert int(version[1]) <= 6
