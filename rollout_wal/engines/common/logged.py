@@ -17,6 +17,7 @@ from ...stream import Stream, Values
 from ...tokens import Tokens
 from ..base import FinishReason
 from .routes import Routes, routes_of, shape_of
+from .spec import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,19 @@ def read_logged(path: str | os.PathLike[str]) -> dict[int, Logged]:
     for frame in LogReader(OsStorage(Path(path), create=False), on_gap=forget_all).read():
         holder[0].apply(frame)
     return by_rollout(holder[0].finish())
+
+
+def read_named(path: str | os.PathLike[str], name: str | int) -> list[Logged]:
+    """What an engine log holds durably of the rollouts that clients asked for under a name.
+
+    Several, if other prompts or parameters were sent under the same name; none, if the log has not heard of it. A
+    name that is text is found by its digest of 40 bits.
+
+    Raises:
+        LogDamaged: a durable frame cannot be read.
+    """
+    logged = read_logged(path)
+    return [logged[rollout] for rollout in named(logged, [name])]
 
 
 def by_rollout(state: EngineState) -> dict[int, Logged]:

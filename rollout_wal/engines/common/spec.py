@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ...errors import problem
 from ...params import SamplingParams
 
 KEYS: Final = frozenset(
@@ -69,14 +70,14 @@ def check_spec(extra: Mapping[str, Any], *, own: Iterable[str] = ()) -> bool:
     if not ours:
         return False
     if unknown := sorted(ours - KEYS):
-        raise ValueError(f"unknown rollout parameters {unknown}; the request was not accepted. Use {sorted(KEYS)}")
+        raise ValueError(_refused(f"unknown rollout parameters {unknown}", f"Use {sorted(KEYS)}"))
     name = extra.get("rollout")
     if not (isinstance(name, str) and name) and not (isinstance(name, int) and 0 <= name < 1 << 62):
-        raise ValueError(f"rollout={name!r} is no id; pass non-empty text, or a number of 0..2**62-1")
+        raise ValueError(_refused(f"rollout={name!r} is no id", "Pass non-empty text, or a number of 0..2**62-1"))
     for field, bits in (("rollout_key", 64), ("rollout_attempt", 31), ("rollout_prefix", 31)):
         value = extra.get(field)
         if value is not None and not (isinstance(value, int) and 0 <= value < 1 << bits):
-            raise ValueError(f"{field}={value!r} is not a number of 0..2**{bits}-1")
+            raise ValueError(_refused(f"{field}={value!r} is out of range", f"Pass a number of 0..2**{bits}-1"))
     return True
 
 
@@ -87,15 +88,24 @@ def noise_key(spec: RolloutSpec, seed: int | None) -> int:
     return _digest(["noise", spec.name, seed])
 
 
-def rollout_id(name: str | int, prompt: list[int], sampling: SamplingParams, key: int) -> int:
+def rollout_id(
+    name: str | int,
+    prompt: list[int],
+    sampling: SamplingParams,
+    key: int,
+    more: Mapping[str, Any] | None = None,
+) -> int:
     """The number under which the log keeps a rollout.
 
     A text alone would confuse two prompts that were sent under one name: the rest of the number tells them apart. Bit
     62 tells texts from numbers.
+
+    Args:
+        more: what else decides the tokens, plain types: an engine's own parameters. Most requests have nothing of it.
     """
     if isinstance(name, int):
         return name
-    content = _digest([name, prompt, sampling.to_dict(), key]) % (1 << _CONTENT_BITS)
+    content = _digest([name, prompt, sampling.to_dict(), key, *([dict(more)] if more else [])]) % (1 << _CONTENT_BITS)
     return _name_bits(name) << _CONTENT_BITS | content
 
 
@@ -108,6 +118,10 @@ def named(rollouts: Iterable[int], names: Iterable[str | int]) -> list[int]:
 
 def _name_bits(name: str) -> int:
     return 1 << (62 - _CONTENT_BITS) | _digest(["name", name]) % (1 << (62 - _CONTENT_BITS))
+
+
+def _refused(what: str, remedy: str) -> str:
+    return problem(what, consequence="The request was not accepted: nothing is sampled or logged", remedy=remedy)
 
 
 def _digest(value: Any) -> int:
