@@ -64,12 +64,18 @@ def ask(engine: LLMEngine, requests: list[dict[str, Any]]) -> Got:
 
 
 def change_weights(engine: LLMEngine, got: Got) -> None:
-    """Say that there are others, with a step in flight; note how many tokens each request has or will have by it."""
+    """Say that there are others, with a step in flight; note how many tokens each request has or will have by it.
+
+    Not named, they are replaced as by somebody who knows nothing of versions.
+    """
     core = engine.engine_core.engine_core
     for name, rollout in core.scheduler._rollouts.items():
         request = core.scheduler.requests[name]
         got[rollout.spec.name[-1]]["old"] = request.num_output_tokens + request.num_output_placeholders
-    core.set_weight_version("5")
+    if JOB["named"]:
+        core.set_weight_version("5")
+    else:
+        core.collective_rpc("reload_weights")
 
 
 def main() -> None:
@@ -95,6 +101,8 @@ def main() -> None:
     assert config.scheduler_config.async_scheduling is JOB["asynchronous"]
     for requests in JOB["rounds"]:
         print("got", json.dumps(ask(engine, requests)), flush=True)
+        if not JOB["named"]:
+            engine.engine_core.engine_core.set_weight_version("5")
     engine.engine_core.shutdown()
 
 

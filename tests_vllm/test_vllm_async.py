@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rollout_wal.engines.base import FinishReason
-from rollout_wal.engines.common.logged import Logged, read_logged
+from rollout_wal.engines.common.logged import Logged, read_logged, read_named
 from rollout_wal.params import SamplingParams
 
 RNG = np.random.default_rng(5)
@@ -49,6 +49,8 @@ class Client:
 
         self.engine = self.run(start())
         self._asked = 0
+        self.why: int | str | None = None
+        """Stop reason of the request that ended last."""
 
     def run(self, what: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(what, 120))
@@ -75,6 +77,7 @@ class Client:
             tokens += choice.token_ids
             logprobs += [next(iter(d.values())).logprob for d in choice.logprobs or ()]
             finish = choice.finish_reason
+            self.why = choice.stop_reason
             if upto is not None and len(tokens) >= upto:
                 break
         return tokens, finish, logprobs
@@ -127,10 +130,11 @@ def test_under_memory_pressure_all_finish_and_are_logged_once(client: Client, ex
     for i, (tokens, finish, logprobs) in enumerate(got):
         assert tokens == expected[i]
         assert finish == "length"
-        rollouts = [r for r in client.logged(tokens) if r.finish is FinishReason.MAX_TOKENS]
-        assert len(rollouts) == 1
-        np.testing.assert_array_equal(rollouts[0].logprob.value_T, np.array(logprobs, np.float32))
-        assert rollouts[0].sampling_logprob.valid_T.all()
+        (rollout,) = read_named(client.log, f"pressed{i}")
+        assert rollout.finish is FinishReason.MAX_TOKENS
+        assert rollout.token_T.tolist() == tokens
+        np.testing.assert_array_equal(rollout.logprob.value_T, np.array(logprobs, np.float32))
+        assert rollout.sampling_logprob.valid_T.all()
 
 
 def test_logprobs_are_logged_for_clients_that_asked_for_none(client: Client, expected: list[list[int]]) -> None:
@@ -296,6 +300,67 @@ def test_weights_are_logged_with_their_version(client: Client) -> None:
         client.run(client.engine.update_weight_version("latest"))
 
 
+async def replace_weights(client: Client) -> None:
+    """As trainers do it that know nothing of versions."""
+    await client.engine.collective_rpc("reload_weights")
+
+
+async def half_replace_weights(client: Client) -> None:
+    """It fails, for weight transfer is not configured; the engine core cannot know how far it came."""
+    with pytest.raises(Exception, match="eight transfer not configured"):
+        await client.engine.finish_weight_update(weight_version="99")
+
+
+@pytest.mark.parametrize("replace", [replace_weights, half_replace_weights])
+def test_nothing_is_logged_under_weights_that_nobody_named(
+    client: Client, expected: list[list[int]], replace: Callable[[Client], Coroutine[Any, Any, None]]
+) -> None:
+    name = f"nameless-{replace.__name__}"
+
+    async def interrupted() -> list[int]:
+        await client.engine.update_weight_version("20")
+        asking = asyncio.ensure_future(client.ask(4, name))
+        while sum(map(len, read_named(client.log, name))) < 10:
+            await asyncio.sleep(0.01)
+        await replace(client)
+        tokens, finish, _ = await asking
+        assert finish == "error"
+        return list(tokens)
+
+    tokens = client.run(interrupted())
+    assert "no version was named since" in str(client.why)
+    assert "update_weight_version" in str(client.why)
+    (before,) = read_named(client.log, name)
+    assert before.token_T.tolist() == tokens == expected[4][: len(tokens)]
+    assert 10 <= len(tokens) < 120
+    # Until somebody names them nothing goes on, but for requests that are not logged.
+    assert client.run(client.ask(4, name))[:2] == (tokens, "error")
+    assert client.run(client.ask(4, None, temperature=0.0, max_tokens=3))[1] == "length"
+    (still,) = read_named(client.log, name)
+    assert still.token_T.tolist() == tokens
+    client.run(client.engine.update_weight_version("21"))
+    assert client.run(client.ask(4, name))[:2] == (expected[4], "length")
+    (after,) = read_named(client.log, name)
+    assert after.version_T.tolist() == [20] * len(tokens) + [21] * (120 - len(tokens))
+
+
+def test_weights_that_are_replaced_and_named_in_a_pause_end_nothing(client: Client, expected: list[list[int]]) -> None:
+    async def paused() -> Any:
+        asking = asyncio.ensure_future(client.ask(5, "named-in-a-pause"))
+        while sum(map(len, read_named(client.log, "named-in-a-pause"))) < 10:
+            await asyncio.sleep(0.01)
+        await client.engine.collective_rpc("check_health")  # replaces nothing
+        await client.engine.pause_generation(mode="keep")
+        await client.engine.collective_rpc("reload_weights")
+        await client.engine.update_weight_version("22")
+        await client.engine.resume_generation()
+        return await asking
+
+    assert client.run(paused())[:2] == (expected[5], "length")
+    (logged,) = read_named(client.log, "named-in-a-pause")
+    assert set(logged.version_T.tolist()) == {21, 22}
+
+
 def test_released_rollouts_are_forgotten(client: Client, expected: list[list[int]]) -> None:
     before = len(client.logged(expected[5][:20]))
     client.run(client.ask(5, "released", max_tokens=20))
@@ -311,13 +376,14 @@ def test_a_stale_attempt_is_refused_and_harms_nobody(client: Client, expected: l
         stale = await asyncio.gather(
             client.ask(2, 90, rollout_attempt=5, upto=1),
             client.ask(3, 91, rollout_prefix=500),
-            return_exceptions=True,
         )
         return await first, stale
 
     (tokens, finish, _), stale = client.run(both())
-    assert all(isinstance(s, Exception) or s[1] == "error" for s in stale), stale
+    assert [s[:2] for s in stale] == [([], "error")] * 2
     assert (tokens, finish) == (expected[2], "length")
+    client.run(client.ask(3, 91, rollout_prefix=500))
+    assert "Submit token ids, at least one before the prefix" in str(client.why)
 
 
 def test_other_requests_are_not_touched(client: Client) -> None:

@@ -294,14 +294,20 @@ def test_a_moved_hook_is_found_at_start(engine: Any, model: Path, monkeypatch: p
     with pytest.raises(HookMoved, match="update_from_output takes"):
         support.check(support.SCHEDULER_HOOKS)
     monkeypatch.undo()
-    monkeypatch.delattr(EngineCore, "set_weight_version")
-    with pytest.raises(HookMoved, match="set_weight_version is gone"):
-        support.check(support.SCHEDULER_HOOKS)
+    for name in ("set_weight_version", "collective_rpc", "sleep"):
+        monkeypatch.delattr(EngineCore, name)
+        with pytest.raises(HookMoved, match=f"{name} is gone"):
+            support.check(support.SCHEDULER_HOOKS)
+        monkeypatch.undo()
 
 
 def test_arguments_that_break_the_sampling_are_refused(engine: Any, model: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="speculative_config"):
         type(engine).from_folder(model, speculative_config={"method": "ngram"})
+    with pytest.raises(BadInput, match="Pass max_batch"):
+        type(engine).from_folder(model, max_num_seqs=4)
+    with pytest.raises(BadInput, match="pipeline_parallel_size=2"):
+        type(engine).from_folder(model, pipeline_parallel_size=2)
     with pytest.raises(BadInput, match=r"config\.json"):
         type(engine).from_folder(tmp_path)
 
@@ -309,9 +315,17 @@ def test_arguments_that_break_the_sampling_are_refused(engine: Any, model: Path,
 def test_a_configuration_that_would_not_log_is_refused_by_name() -> None:
     from rollout_wal.engines.vllm.config import check_config, options_of
 
-    for config in ({}, {"rollout_wal": {"logs": "x"}}, {"rollout_wal": {"log": "x", "polcy": {}}}):
+    for options in (
+        {},
+        {"logs": "x"},
+        {"log": "x", "polcy": {}},
+        {"log": "x", "policy_version": "latest"},
+        {"log": "x", "policy_version": -1},
+        {"log": "x", "policy": {"kinds": "group"}},
+        {"log": "x", "policy": {"kind": "groups"}},
+    ):
         with pytest.raises(BadInput, match="vLLM was not started"):
-            options_of(SimpleNamespace(additional_config=config))
+            options_of(SimpleNamespace(additional_config={"rollout_wal": options}))
     good = {
         "logits_processors": ["rollout_wal.engines.vllm.processor:PositionNoise"],
         "logprobs_mode": "raw_logprobs",

@@ -45,7 +45,7 @@ def host(model: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen
 
     def start(rounds: list[Any], **options: Any) -> subprocess.Popen[str]:
         job = {"model": str(model), "log": str(tmp_path / "wal"), "asynchronous": True, "routes": False}
-        job |= {"version_at": 0, **options}
+        job |= {"version_at": 0, "named": True, **options}
         path = tmp_path / f"job-{len(running)}.json"
         path.write_text(json.dumps({**job, "rounds": rounds}))
         with (tmp_path / "host.log").open("ab") as errors:
@@ -98,6 +98,16 @@ def test_a_step_in_flight_is_of_the_version_that_it_was_scheduled_under(host: An
         versions = logged_as(tmp_path / "wal" / "0", mine["tokens"], attempts=1).version_T.tolist()
         assert versions == [0] * mine["old"] + [5] * (len(versions) - mine["old"])
         assert 0 < mine["old"] < len(versions)
+
+
+def test_of_nameless_weights_only_the_step_in_flight_is_logged(host: Any, tmp_path: Path) -> None:
+    cut, whole = results(host([requests("r"), requests("r")], runner="v1", version_at=24, named=False))
+    for key, mine in cut.items():
+        assert mine["finish"] == "error"
+        assert len(mine["tokens"]) == mine["old"] > 0
+        assert whole[key]["tokens"][: mine["old"]] == mine["tokens"]
+        versions = logged_as(tmp_path / "wal" / "0", whole[key]["tokens"], attempts=2).version_T.tolist()
+        assert versions == [0] * mine["old"] + [5] * (len(versions) - mine["old"])
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

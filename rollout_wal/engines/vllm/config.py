@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 
 from ...errors import BadInput, problem
+from ...log.policy import SyncPolicy
 from .processor import PositionNoise
 
 _CONFIG: Final = "rollout_wal"
@@ -14,10 +16,10 @@ _OPTIONS: Final = frozenset({"log", "policy_version", "weights_digest", "segment
 
 
 def options_of(vllm_config: Any) -> dict[str, Any]:
-    """The log's options; see `scheduler.LoggingScheduler`.
+    """The log's options, `policy_version` and `policy` ready for use; see `scheduler.LoggingScheduler`.
 
     Raises:
-        BadInput: no log directory, or options that this version does not know.
+        BadInput: no log directory, options that this version does not know, or values that they cannot have.
     """
     extra = vllm_config.additional_config
     options: dict[str, Any] = dict(extra.get(_CONFIG, {})) if isinstance(extra, dict) else {}
@@ -31,7 +33,32 @@ def options_of(vllm_config: Any) -> dict[str, Any]:
                 remedy=f'Pass additional_config={{"{_CONFIG}": {{"log": DIRECTORY}}}}; options: {sorted(_OPTIONS)}',
             )
         )
+    try:
+        options["policy_version"] = _version_of(options.get("policy_version", 0))
+        options["policy"] = _policy_of(**options.get("policy", {}))
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            problem(
+                f"the options of the log have values that they cannot have: {error}",
+                consequence="vLLM was not started",
+                remedy='policy_version is a number, and policy is {"kind": "step" | "group", "group_ms": number, '
+                '"group_bytes": number} or a part of that',
+            )
+        ) from error
     return options
+
+
+def _version_of(version: Any) -> int:
+    number = operator.index(version)
+    if number < 0:
+        raise ValueError(f"policy_version={number}")
+    return number
+
+
+def _policy_of(kind: str = "step", **more: Any) -> SyncPolicy:
+    if kind not in ("step", "group"):
+        raise ValueError(f"policy kind {kind!r}")
+    return SyncPolicy(cast(Literal["step", "group"], kind), **more)
 
 
 def check_config(vllm_config: Any) -> None:

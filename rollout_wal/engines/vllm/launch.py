@@ -18,6 +18,7 @@ os.environ.update(_ENVIRONMENT)
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 
+from . import supported  # noqa: E402, F401  # isort: skip  # before what only the supported vLLM has
 import torch  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
@@ -38,6 +39,7 @@ _OURS: Final = (
     "kv_transfer_config",
     "async_scheduling",
 )
+_INSTEAD: Final = {"max_num_seqs": "max_batch", "model": "the folder"}
 
 
 def start(folder: Path, *, max_batch: int, dtype: str, kv_connector: bool, **engine_args: Any) -> Any:
@@ -55,6 +57,23 @@ def start(folder: Path, *, max_batch: int, dtype: str, kv_connector: bool, **eng
                     remedy="Leave it out",
                 )
             )
+    for name, instead in _INSTEAD.items():
+        if name in engine_args:
+            raise BadInput(
+                problem(
+                    f"{name} was passed to a vLLM engine of rollout-wal, which has {instead} for that",
+                    consequence="No model was loaded: one of two values would have to be ignored",
+                    remedy=f"Pass {instead}",
+                )
+            )
+    if (stages := int(engine_args.get("pipeline_parallel_size") or 1)) != 1:
+        raise BadInput(
+            problem(
+                f"pipeline_parallel_size={stages}: only the last stage samples, and the first one is asked",
+                consequence="No model was loaded: tokens would not be known when they are logged",
+                remedy="Use tensor_parallel_size, or vLLM's server with the scheduler class",
+            )
+        )
     model_folder(folder)
     Checkpoint(folder)  # refuses a folder without weights before vLLM starts
     return LLMEngine.from_engine_args(

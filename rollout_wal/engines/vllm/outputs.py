@@ -27,9 +27,13 @@ def single(client: int, output: EngineCoreOutput) -> Outputs:
     return {client: EngineCoreOutputs(outputs=[output])}
 
 
-def ending(client: int, name: str, reason: VllmFinish) -> Outputs:
-    """The end of a request, without a token."""
-    return single(client, EngineCoreOutput(name, [], finish_reason=reason))
+def ending(client: int, name: str, reason: VllmFinish, why: str | None = None) -> Outputs:
+    """The end of a request, without a token.
+
+    Args:
+        why: of an error; the client finds it as `stop_reason`, the only text that vLLM takes along.
+    """
+    return single(client, EngineCoreOutput(name, [], finish_reason=reason, stop_reason=why))
 
 
 def merged(parts: list[Outputs]) -> Outputs:

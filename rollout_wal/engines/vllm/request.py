@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from ...errors import problem
 from ...params import SamplingParams
 from ..common import spec
 from ..common.spec import RolloutSpec, named, noise_key, rollout_id
@@ -15,7 +16,7 @@ from ..common.spec import RolloutSpec, named, noise_key, rollout_id
 if TYPE_CHECKING:
     from vllm import SamplingParams as VllmParams
 
-__all__ = ["RolloutSpec", "named", "noise_key", "rollout_id", "sampling_of", "spec_of", "validate"]
+__all__ = ["RolloutSpec", "limits_of", "named", "noise_key", "rollout_id", "sampling_of", "spec_of", "validate"]
 
 _REFUSED: Final = {
     "structured_outputs": "its grammar's state is not restored on resume",
@@ -41,10 +42,35 @@ def validate(params: VllmParams) -> None:
     if not spec.check_spec(extra, own=("rollout_wal_plan",)):
         return
     if params.n != 1:
-        raise ValueError(f"n={params.n} with a rollout id: each completion is a rollout; send a request for each")
+        raise ValueError(
+            problem(
+                f"n={params.n} with a rollout id, and each completion is a rollout",
+                consequence="The request was not accepted",
+                remedy="Send a request for each, with an id of its own",
+            )
+        )
     for field, why in _REFUSED.items():
         if getattr(params, field, None) not in (None, []):
-            raise ValueError(f"{field} cannot be combined with a rollout id: {why}")
+            raise ValueError(
+                problem(
+                    f"{field} cannot be combined with a rollout id: {why}",
+                    consequence="The request was not accepted",
+                    remedy=f"Leave {field} out, or leave the id out and do without the log",
+                )
+            )
+
+
+def limits_of(params: VllmParams) -> dict[str, Any]:
+    """What changes the distribution beside the project's own parameters; empty for most requests."""
+    return {
+        name: value
+        for name, value in (
+            ("logit_bias", sorted((params.logit_bias or {}).items())),
+            ("allowed_token_ids", sorted(params.allowed_token_ids or ())),
+            ("bad_words", sorted(params.bad_words or ())),
+        )
+        if value
+    }
 
 
 def sampling_of(params: VllmParams) -> SamplingParams:

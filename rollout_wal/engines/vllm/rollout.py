@@ -17,7 +17,7 @@ from ..common.logged import Logged
 from ..common.routes import Routes
 from .draws import PLAN, Draws, plan_of
 from .outputs import FINISH, Outputs, single
-from .request import RolloutSpec, noise_key, rollout_id, sampling_of
+from .request import RolloutSpec, limits_of, noise_key, rollout_id, sampling_of
 
 
 class Rollout:
@@ -29,10 +29,11 @@ class Rollout:
         eos, max_context: of the model.
 
     Raises:
-        BadInput: a prefix that is not part of the prompt.
+        BadInput: a prefix that is not part of the prompt, or a prompt that is more than token ids.
     """
 
     def __init__(self, spec: RolloutSpec, request: VllmRequest, eos: tuple[int, ...], max_context: int) -> None:
+        _check_prompt(spec, request)
         params = request.sampling_params
         self.client: int = request.client_index
         self.name: str = request.request_id
@@ -43,13 +44,13 @@ class Rollout:
         self._max_context = max_context
         self._prompt: list[int] = list(request.prompt_token_ids or ())
         self._key = noise_key(spec, params.seed)
-        self.id = rollout_id(spec.name, self._prompt, self.sampling, self._key)
+        self.id = rollout_id(spec.name, self._prompt, self.sampling, self._key, limits_of(params))
         self._cut = len(self._prompt) - spec.prefix
         if not self._cut > 0 or any(not 0 <= i < spec.prefix for i in spec.observed):
             raise BadInput(
                 problem(
                     f"{spec.prefix} of the {len(self._prompt)} prompt tokens of rollout {spec.name!r} are output",
-                    consequence="It was not accepted",
+                    consequence="The request was not accepted: nothing is sampled or logged",
                     remedy="Submit token ids, at least one before the prefix, and observed indexes within it",
                 )
             )
@@ -170,3 +171,21 @@ class Rollout:
         count = len(known.valid_T)
         if 0 < count < len(routes) and known.valid_T.all():
             output.routed_experts = np.concatenate((routes[: -count - 1], known.value_T, routes[-1:]))
+
+
+def _check_prompt(spec: RolloutSpec, request: VllmRequest) -> None:
+    """Raises BadInput: something beside token ids decides what is sampled. The rollout's identity would not hold it."""
+    more = {
+        "a LoRA adapter": request.lora_request is not None,
+        "images or other multimodal inputs": bool(request.mm_features),
+        "prompt embeddings": request.prompt_embeds is not None or request.prompt_is_token_ids is not None,
+    }
+    if found := [name for name, there in more.items() if there]:
+        raise BadInput(
+            problem(
+                f"the request of rollout {spec.name!r} has {' and '.join(found)}",
+                consequence="It was not accepted: the log knows a rollout by its tokens, and would resume it from "
+                "another one's",
+                remedy="Send token ids to the model itself, or send the request without a rollout id, unlogged",
+            )
+        )

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.engine import EngineCoreOutput
 
+from ...errors import problem
 from ..base import FinishReason
 from ..common.routes import columns_of
 from ..common.step_log import StepLog
@@ -18,14 +19,36 @@ from .rollout import Rollout
 Rows = list[tuple[EngineCoreOutput, Rollout]]
 
 
-def append_step(log: StepLog[Outputs], rows: Rows, draws: Draws | None) -> None:
+def append_step(log: StepLog[Outputs], rows: Rows, draws: Draws | None) -> list[tuple[EngineCoreOutput, Rollout, str]]:
     """Log a step.
 
     Args:
         draws: of the sampler, where it runs in this process.
+
+    Returns:
+        The rows that are not logged, because vLLM took another token than was drawn, and what to say about each.
     """
-    if draws is None or not _append_single(log, rows, draws):
+    if draws is None:
         _append_any(log, rows, draws)
+        return []
+    if _append_single(log, rows, draws):
+        return []
+    refused = [(o, r, why) for o, r in rows if (why := _contradiction(o, r, draws)) is not None]
+    names = {o.request_id for o, *_ in refused}
+    _append_any(log, [row for row in rows if row[0].request_id not in names], draws)
+    return refused
+
+
+def _contradiction(output: EngineCoreOutput, rollout: Rollout, draws: Draws) -> str | None:
+    known = rollout.drawn(draws)
+    if known is None or not output.new_token_ids or output.new_token_ids[0] == known[0]:
+        return None
+    return problem(
+        f"vLLM took token {output.new_token_ids[0]} for rollout {rollout.spec.name!r}, and {known[0]} was drawn",
+        consequence="The rollout was ended and the token not logged: its distribution is not the one asked for",
+        remedy="Remove what changes logits behind PositionNoise, other logits processors say; else report it with the "
+        "configuration of vLLM",
+    )
 
 
 def _append_single(log: StepLog[Outputs], rows: Rows, draws: Draws) -> bool:

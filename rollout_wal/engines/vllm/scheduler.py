@@ -21,16 +21,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from . import supported  # noqa: F401  # isort: skip  # before what only the supported vLLM has
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine import FinishReason as VllmFinish
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 
 from ...errors import BadInput, problem
-from ...log.policy import SyncPolicy
 from ..base import FinishReason
 from ..common.routes import INFO
 from ..common.step_log import DECLARED, StepLog
@@ -42,11 +41,12 @@ from .processor import PositionNoise
 from .request import RolloutSpec, named, spec_of
 from .rollout import Rollout
 from .rows import Rows, append_step
+from .weights import WatchesWeights, Weights, watch
 
 logger = logging.getLogger(__name__)
 
 
-class _Logging(Scheduler):
+class _Logging(Scheduler, WatchesWeights):
     """The part that both schedulers share; mixed in before one of vLLM's."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,22 +63,23 @@ class _Logging(Scheduler):
         self._log: StepLog[Outputs] = StepLog.open(
             Path(options["log"]) / str(rank),
             info={**info_message(info_of(vllm_config, version, digest)), INFO: routes_shape(vllm_config)},
-            policy_version=int(options.get("policy_version", 0)),
+            policy_version=options["policy_version"],
             weights_digest=digest,
             source=str(folder),
             segment_bytes=int(options.get("segment_bytes", 64 << 20)),
-            policy=SyncPolicy(**options.get("policy", {})),
+            policy=options["policy"],
             take_over=bool(options.get("take_over", False)),
             keep=int(options.get("keep", 10_000)),
         )
         # Where the sampler runs in this process, the log-probability of each draw is at hand.
         self._draws = PositionNoise.draws if vllm_config.parallel_config.world_size == 1 else None
-        # Steps that are scheduled and not yet back, and how often the weights had changed when a step was scheduled.
         self._in_flight = 0
-        self._changes = 0
-        self._changed_to: str | None = None
-        """A policy version that is not logged yet: steps of the one before are in flight."""
-        _announce_weight_versions()
+        """Steps that are scheduled and not yet back."""
+        self._weights = [Weights(options["policy_version"])]
+        """All that have been in force, in order. A step carries the index of those that it was scheduled under."""
+        self._logged = 0
+        """Index of those whose version the log has last. Later ones wait until steps of the ones before are back."""
+        watch()
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -91,8 +92,11 @@ class _Logging(Scheduler):
             self._add_rollout(request, spec)
         except BadInput as error:
             # Raised here it would end the engine core, and with it everybody's requests.
-            logger.warning("request %s is refused: %s", request.request_id, error)
-            self._log.hold(ending(request.client_index, request.request_id, VllmFinish.ERROR))
+            self._end_with(request.client_index, request.request_id, str(error))
+
+    def _end_with(self, client: int, name: str, error: str) -> None:
+        logger.warning("request %s is refused: %s", name, error)
+        self._log.hold(ending(client, name, VllmFinish.ERROR, error))
 
     def _add_rollout(self, request: VllmRequest, spec: RolloutSpec) -> None:
         if spec.release:
@@ -147,46 +151,60 @@ class _Logging(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         scheduled = super().schedule(*args, **kwargs)
-        scheduled.rollout_wal_changes = self._changes
+        scheduled.rollout_wal_weights = len(self._weights) - 1
         self._in_flight += 1
         return scheduled
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Outputs:
         out: Outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._changed_to is not None and scheduler_output.rollout_wal_changes == self._changes:
-            self._log_policy()
+        self._log_policy(scheduler_output.rollout_wal_weights)
         if self._rollouts:
-            self._append(out)
+            self._append(out, self._weights[scheduler_output.rollout_wal_weights])
         self._in_flight -= 1
-        if self._changed_to is not None and not self._in_flight:
-            self._log_policy()
+        if not self._in_flight:
+            self._log_policy(len(self._weights) - 1)
         if not self._log.holding:
             return out
         if not scheduler_output.total_num_scheduled_tokens:
             self._log.flush()  # nothing computes meanwhile
         return merged([*self._log.take(), out])
 
-    def _append(self, out: Outputs) -> None:
+    def _append(self, out: Outputs, weights: Weights) -> None:
         """Log the rows of rollouts, and keep their outputs back."""
         rows: Rows = []
-        held: Outputs = {}
-        for client, outputs in out.items():
+        for outputs in out.values():
             ours = [(o, r) for o in outputs.outputs if (r := self._rollouts.get(o.request_id)) is not None]
             if not ours:
                 continue
             rows += ours
             names = {o.request_id for o, _ in ours}
-            held[client] = EngineCoreOutputs(outputs=[o for o, _ in ours])
             outputs.outputs = [o for o in outputs.outputs if o.request_id not in names]
         if not rows:
             return
-        append_step(self._log, rows, self._draws)
+        if weights.version is None:
+            for output, rollout in rows:
+                self._disown(output, rollout, _nameless(weights))
+            return
+        refused = append_step(self._log, rows, self._draws)
+        for output, rollout, why in refused:
+            self._disown(output, rollout, why)
+        held: Outputs = {}
         for output, rollout in rows:
-            rollout.release(output)
-        self._log.hold(held)
+            if output.request_id in self._rollouts:
+                rollout.release(output)
+                held.setdefault(rollout.client, EngineCoreOutputs(outputs=[])).outputs.append(output)
+        if held:
+            self._log.hold(held)
         for output, _ in rows:
             if output.finish_reason is not None:
                 self._let_go(output.request_id)
+
+    def _disown(self, output: EngineCoreOutput, rollout: Rollout, why: str) -> None:
+        """End a rollout whose newest tokens may not be logged. What is logged of it stays, for a resume."""
+        if output.finish_reason is None:
+            self.finish_requests(rollout.name, RequestStatus.FINISHED_ERROR)
+        self._let_go(rollout.name)
+        self._end_with(rollout.client, rollout.name, why)
 
     def has_requests(self) -> bool:
         """Also while outputs are held: the loop must turn once more to let them go."""
@@ -195,7 +213,7 @@ class _Logging(Scheduler):
     # -- the engine's life ----------------------------------------------------------------------------------------
 
     def policy_changed(self, version: str) -> None:
-        """The weights were replaced: what is scheduled from here on is of this version.
+        """The weights have a name: what is scheduled from here on is of this version.
 
         Durable when this returns, unless steps of the version before are in flight: then as soon as they are logged.
 
@@ -206,19 +224,27 @@ class _Logging(Scheduler):
             raise BadInput(
                 problem(
                     f"the weight version {version!r} is no number",
-                    consequence="It was not accepted: tokens are logged with the number of their policy",
+                    consequence="It was not accepted: tokens are logged with the number of their policy. If the "
+                    "weights were replaced before, no rollout goes on until they have one",
                     remedy="Pass the policy version as digits, '17' say",
                 )
             )
-        self._changes += 1
-        self._changed_to = version
+        self._weights.append(Weights(int(version)))
         if not self._in_flight:
-            self._log_policy()
+            self._log_policy(len(self._weights) - 1)
 
-    def _log_policy(self) -> None:
-        version, self._changed_to = self._changed_to, None
-        assert version is not None
-        self._log.policy(int(version), f"{DECLARED}{version}")
+    def weights_touched(self, by: str) -> None:
+        """The weights may be replaced from now on: no rollout goes on under the version before."""
+        logger.info("%s: the policy version is unknown until one is named", by)
+        self._weights.append(Weights(None, by))
+
+    def _log_policy(self, index: int) -> None:
+        """Log the version of these weights, if it is known and not logged."""
+        version = self._weights[index].version
+        if index <= self._logged or version is None:
+            return
+        self._log.policy(version, f"{DECLARED}{version}")
+        self._logged = index
 
     def shutdown(self) -> None:
         """In good order: everything sampled is durable."""
@@ -251,16 +277,11 @@ class LoggingScheduler(_Logging, AsyncScheduler):
         return _SyncLoggingScheduler(vllm_config, *args, **kwargs)
 
 
-def _announce_weight_versions() -> None:
-    """vLLM tells its engine core of new weights, and not the scheduler: pass it on, once per process."""
-    original = EngineCore.set_weight_version
-    if getattr(original, "announces", False):
-        return
-
-    def set_weight_version(self: Any, weight_version: str) -> None:
-        if isinstance(self.scheduler, _Logging):
-            self.scheduler.policy_changed(weight_version)
-        original(self, weight_version)
-
-    set_weight_version.announces = True  # type: ignore[attr-defined]
-    EngineCore.set_weight_version = set_weight_version
+def _nameless(weights: Weights) -> str:
+    return problem(
+        f"{weights.by} may have replaced the weights, and no version was named since",
+        consequence="The rollout was ended and its newest token not logged: it would carry the version of other "
+        "weights. What was logged before stays",
+        remedy="Name the version by finish_weight_update(weight_version='17') or update_weight_version('17'), and ask "
+        "for the rollout again. Pause generation while weights are replaced, and no rollout is ended",
+    )

@@ -77,6 +77,9 @@ SCHEDULER_HOOKS = (
     Hook(f"{_SCHEDULER}.shutdown", ("self",)),
     Hook("vllm.v1.core.sched.async_scheduler:AsyncScheduler.update_from_output", ("self", "scheduler_output")),
     Hook(f"{_CORE}.set_weight_version", ("self", "weight_version")),
+    Hook(f"{_CORE}.collective_rpc", ("self", "method", "timeout", "args", "kwargs")),
+    Hook(f"{_CORE}.sleep", ("self", "level")),
+    Hook("vllm.v1.request:RequestStatus.FINISHED_ERROR"),
     Hook(f"{_CORE}.step", ("self",)),
     Hook("vllm.v1.engine.core:EngineCoreProc._process_engine_step", ("self",)),
     Hook("vllm.v1.engine.core:EngineCoreProc.has_work", ("self",)),
@@ -90,7 +93,7 @@ SCHEDULER_HOOKS = (
 )
 
 
-def check(hooks: tuple[Hook, ...]) -> str:
+def check(hooks: tuple[Hook, ...] = ()) -> str:
     """Refuse a vLLM that this was not made for. Returns its version.
 
     Raises:
