@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ SAMPLING = [
 ]
 
 VICTIMS = ["EngineCore", "Worker", "FrontEnd", "Tree", "Term"]
-"""Term: SIGTERM to all processes, with half a second of grace. The others: SIGKILL."""
+"""Term: SIGTERM to all processes, which then end by themselves. The others: SIGKILL."""
 
 
 def body(index: int, name: str = "r") -> dict[str, Any]:
@@ -60,6 +61,31 @@ async def ask(server: Any, tools: SimpleNamespace, act: Callable[[], None] | Non
         act()
     await asking
     return heard
+
+
+def test_over_http_the_front_end_gives_its_reasons_and_the_engine_core_has_them_in_the_log(
+    serve: Any, tmp_path: Path
+) -> None:
+    server = serve(one_process=True)
+    server.wait_ready()
+    plain = {**body(0), "stream": False, "max_tokens": 4}
+    with httpx.Client(verify=False, timeout=60) as client:
+
+        def answer(**more: Any) -> httpx.Response:
+            asked = {**plain, **more, "vllm_xargs": {**plain["vllm_xargs"], **more.get("vllm_xargs", {})}}
+            return client.post(f"{server.url}/v1/completions", json=asked)
+
+        told = answer(n=2)
+        assert told.status_code == 400
+        assert "Send a request for each" in told.text
+        told = answer(vllm_xargs={"rollout_attemp": 1})
+        assert told.status_code == 400
+        assert "unknown rollout parameters ['rollout_attemp']. The request was not accepted" in told.text
+        untold = answer(vllm_xargs={"rollout_prefix": 500})
+        assert untold.status_code == 500
+        assert "Submit token ids" not in untold.text
+        assert "Submit token ids" in (tmp_path / "server.log").read_text()
+        assert answer().status_code == 200
 
 
 @pytest.mark.timeout(1800)
