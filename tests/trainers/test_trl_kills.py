@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from safetensors.numpy import load_file
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
 from rollout_wal.dataset import open_dataset
+from rollout_wal.testing.tiny_models import make_tiny_model
 
 #: One of each moment, late enough that something is there to be lost, and twice in a row.
 DEATHS = [
@@ -25,6 +30,7 @@ DEATHS = [
     ("before state", 1),
     ("before commit", 1),
     ("before consume", 1),
+    ("committed", 2),  # in the second epoch
     ("stepped", 1),
 ]
 
@@ -92,3 +98,45 @@ def test_killed_anywhere_it_ends_where_it_would_have(
     assert live(killed, worker_kills=2, **options) == 0
     check(killed, reference, atol)
     assert json.loads((killed / "done.json").read_text())["deaths"] > 0
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Iterator[str]:
+    """A scoring server of a teacher with the student's tokenizer: host:port. One item a forward, so that its answers do
+    not depend on which of them met."""
+    pytest.importorskip("grpc", reason="needs the extra 'scoring'")
+    from scoring.residency import Residency
+    from scoring.scheduler import Scheduler
+    from scoring.server import ServerOptions, serve
+    from scoring.teachers.hf import HfTeacherSource
+
+    folder = make_tiny_model(tmp_path / "teacher", mean_length=12.0, seed=1)
+    shutil.copy(make_tiny_model(tmp_path / "student", mean_length=12.0) / "tokenizer.json", folder)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    source = HfTeacherSource("t", folder, precision="float32", token_budget=1)
+
+    async def start() -> Any:
+        return await serve(Scheduler([source], Residency({"t": source.info.nbytes}, 1 << 30)), ServerOptions())
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    yield f"127.0.0.1:{server.port}"
+    asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_distillation_killed_anywhere_ends_where_it_would_have(tmp_path: Path, teacher: str) -> None:
+    options: dict[str, Any] = {"scorer": teacher, "kwargs": {"objective": "full_vocabulary"}}
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    assert live(reference, **options) == 0
+    for death in [("generated", 2), ("before commit", 2), ("stepped", 3)]:
+        assert live(killed, die_at=death, worker_kills=1, **options) == -signal.SIGKILL, death
+    assert live(killed, worker_kills=1, **options) == 0
+    check(killed, reference, 0.0)
+    rows = open_dataset(killed / "archive").metadata().to_pylist()
+    assert {tuple(row["teachers"]) for row in rows} == {("t",)}

@@ -6,6 +6,7 @@ log of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS: dict[str, Any] = {
-    "steps": 4,
+    "steps": 6,
     "save_steps": 1,
     "num_iterations": 1,
     "steps_per_generation": 2,
@@ -26,7 +27,8 @@ OPTIONS: dict[str, Any] = {
     "worker_kills": 0,  # SIGKILLs to a worker while it samples
     "model": {"mean_length": 12.0},  # of make_tiny_model
     "engine": {},  # of EngineSpec; none: the embedded one
-    "config": {},  # more of GRPOConfig
+    "config": {},  # more of TRL's
+    "scorer": None,  # host:port of a scoring server; then it is distilled from the teacher "t"
     "kwargs": {},
 }
 
@@ -64,7 +66,7 @@ def run(folder: Path, options: dict[str, Any]) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig
+    from trl import DistillationConfig, GRPOConfig
 
     from rollout_wal.backend import EngineSpec, RolloutBackend
     from rollout_wal.testing.tiny_models import make_tiny_model
@@ -78,7 +80,8 @@ def run(folder: Path, options: dict[str, Any]) -> None:
     model_folder = folder / ("model" if rank == 0 else f"model-{rank}")
     if not (model_folder / "config.json").exists():
         make_tiny_model(model_folder, **options["model"])
-    prompts = [f"count to {i}" for i in range(16)]
+    # A run goes over them more than once.
+    prompts = [f"count to {i}" for i in range(6 if options["scorer"] is None else 16)]
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": 4,
@@ -99,19 +102,32 @@ def run(folder: Path, options: dict[str, Any]) -> None:
         "seed": 7,
         "gradient_checkpointing": False,
     }
-    config = GRPOConfig(**(settings | options["config"]))
+    grpo = options["scorer"] is None
+    if not grpo:
+        for name in ("num_generations", "num_iterations", "steps_per_generation"):
+            del settings[name]
+    config = (GRPOConfig if grpo else DistillationConfig)(**(settings | options["config"]))
     spec = EngineSpec(str(model_folder), **options["engine"]) if options["engine"] else model_folder
-    with RolloutBackend(spec, wal, workers=options["workers"], slots=8) as backend:
-        trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32"),
-            vowels,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(model_folder),
-            backend=backend,
-            archive=folder / "archive",
+    with contextlib.ExitStack() as stack:
+        backend = stack.enter_context(RolloutBackend(spec, wal, workers=options["workers"], slots=8))
+        common: dict[str, Any] = {
+            "args": config,
+            "train_dataset": Dataset.from_dict({"prompt": prompts, "teacher": ["t"] * len(prompts)}),
+            "processing_class": AutoTokenizer.from_pretrained(model_folder),
+            "backend": backend,
+            "archive": folder / "archive",
             **options["kwargs"],
-        )
+        }
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")
+        trainer: Any
+        if grpo:
+            trainer = GRPOTrainer(model, vowels, **common)
+        else:
+            from rollout_wal.trainers.trl import DistillationTrainer
+            from scoring.client import ScoringClient
+
+            scorer = stack.enter_context(ScoringClient([options["scorer"]]))
+            trainer = DistillationTrainer(model, scorer=scorer, **common)
         # Moments: after the rollouts came, after a step, inside and after a checkpoint.
         generate, commit, write = trainer._ledger.generate, trainer._ledger.commit, ledger.write_state
         step = trainer.training_step
@@ -137,8 +153,8 @@ def run(folder: Path, options: dict[str, Any]) -> None:
             kept(batch)
 
         kept = trainer._ledger._consume
-        trainer._ledger.generate, trainer._ledger.commit = generated, committed  # type: ignore[method-assign]
-        trainer._ledger._consume = consume  # type: ignore[method-assign]
+        trainer._ledger.generate, trainer._ledger.commit = generated, committed
+        trainer._ledger._consume = consume
         trainer.training_step = stepped
         import rollout_wal.trainers.trl.common as adapter
 

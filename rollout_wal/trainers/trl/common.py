@@ -13,6 +13,7 @@ from ...backend import FinishedRollout, RolloutBackend
 from ...errors import BadInput, CheckpointMismatch, MissingExtra, problem
 from ...params import SamplingParams
 from ..ledger import STATE_FILE, Facts, TrainerLedger, read_state, sync_tree, write_state
+from .order import ByEpoch
 
 try:
     import torch
@@ -123,6 +124,10 @@ class BackendTrainer(Trainer):
             max_tokens=args.max_completion_length,
             stop_token_ids=tuple(t for t in self.eos_token_ids if t not in own),
         )
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ByEpoch:
+        # transformers counts epochs on in the state of its checkpoints, in parts of one.
+        return ByEpoch(super()._get_train_sampler(*args, **kwargs), lambda: int(self.state.epoch or 0))
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As in TRL, with the shuffle of a generation batch drawn from its number: a batch that is asked for again
