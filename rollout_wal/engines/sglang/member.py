@@ -130,8 +130,7 @@ def sampling_of(params: Any) -> SamplingParams:
         max_tokens=max(1, count),
         min_tokens=min(params.min_new_tokens, max(1, count)),
         stop_token_ids=tuple(sorted(params.stop_token_ids or ())),
-        # SGLang looks for both. Here they tell rollouts of one name apart: what is logged ended by its own.
-        stop=(*(params.stop_strs or ()), *(f"regex:{pattern}" for pattern in params.stop_regex_strs or ())),
+        stop=tuple(params.stop_strs or ()),  # SGLang looks for them; here they are a part of what the rollout is
         ignore_eos=params.ignore_eos,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
@@ -192,7 +191,9 @@ class Member:
         self.sampled[list(spec.observed)] = False
         self.sampling = sampling_of(params)
         self.key = noise_key(spec, params.sampling_seed)
-        self.id = rollout_id(spec.name, self.prompt.tolist(), self.sampling, self.key)
+        # What is logged has ended by these, or gone on: asked for with others, it is another rollout.
+        patterns = {"stop_regex": list(params.stop_regex_strs)} if params.stop_regex_strs else None
+        self.id = rollout_id(spec.name, self.prompt.tolist(), self.sampling, self.key, patterns)
         self.found = Found.attached(extra)
         self.eos = eos_token_ids
         self.max_context = max_context
