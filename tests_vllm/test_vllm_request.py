@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from vllm import SamplingParams as VllmParams
 from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.core import EngineCore
 
 from rollout_wal.engines.common.spec import RolloutSpec, named
+from rollout_wal.engines.vllm import weights
 from rollout_wal.engines.vllm.rollout import Rollout
 from rollout_wal.engines.vllm.rows import append_step
 from rollout_wal.errors import BadInput
@@ -91,6 +93,35 @@ def test_a_token_that_was_not_drawn_is_not_logged() -> None:
     assert (output.request_id, refused) == ("bad", bad)
     assert "took token 77 for rollout 'other', and 41 was drawn" in why
     assert log.tokens == [40]
+
+
+def test_whatever_may_replace_weights_is_told_before_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Told(weights.WatchesWeights):
+        def weights_touched(self, by: str) -> None:
+            told.append(by)
+
+        def policy_changed(self, version: str) -> None:
+            told.append(version)
+
+    for name in ("collective_rpc", "sleep", "set_weight_version"):
+        original = getattr(EngineCore, name)
+        monkeypatch.setattr(EngineCore, name, getattr(original, "__wrapped__", original))
+    weights.watch()
+    weights.watch()  # of a second scheduler in this process: it is told once all the same
+    core = EngineCore.__new__(EngineCore)
+    core.scheduler = cast(Any, Told())
+    core.model_executor = cast(Any, SimpleNamespace(collective_rpc=lambda method, *_: [method]))
+    assert core.collective_rpc("check_health") == ["check_health"]
+    assert told == []
+    core.collective_rpc("update_weights", kwargs={})
+    core.collective_rpc(len)
+    core.set_weight_version("3")
+    for level in (1, 2):
+        with pytest.raises(AttributeError):  # the rest of the engine core is not there
+            core.sleep(level)
+    assert told == ["update_weights", "a function that was called on the workers", "3", "sleep(level=2)"]
 
 
 @pytest.mark.parametrize("module", ["scheduler", "processor", "engine", "weights"])

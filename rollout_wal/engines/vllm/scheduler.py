@@ -10,7 +10,8 @@ by one that was killed, goes on from them: the response begins with what is logg
 answered from the log alone. All other requests pass untouched.
 
 A subclass of vLLM's scheduler and nothing else: `update_from_output` logs and holds, `add_request` resumes,
-`finish_requests` lets go, `has_requests` keeps the engine's loop turning while outputs are held.
+`finish_requests` lets go, `has_requests` keeps the engine's loop turning while outputs are held. Of new weights it hears
+by `weights`.
 """
 
 from __future__ import annotations
