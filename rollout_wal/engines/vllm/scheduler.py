@@ -9,9 +9,9 @@ core only once their records are durable. A request that names a rollout of whic
 by one that was killed, goes on from them: the response begins with what is logged, and a rollout that had ended is
 answered from the log alone. All other requests pass untouched.
 
-A subclass of vLLM's scheduler and nothing else: `update_from_output` logs and holds, `add_request` resumes,
-`finish_requests` lets go, `has_requests` keeps the engine's loop turning while outputs are held. Of new weights it hears
-by `weights`.
+A subclass of vLLM's scheduler and little else: `update_from_output` logs and holds, `add_request` resumes,
+`finish_requests` lets go, `has_requests` keeps the engine's loop turning while outputs are held. Of new weights it
+hears by `weights`, which wraps methods of the engine core.
 """
 
 from __future__ import annotations
