@@ -7,17 +7,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from transformers import AutoTokenizer
 
+from rollout_wal.engines.base import Request
 from rollout_wal.engines.sglang.configuration import UNSUPPORTED, check_configuration
 from rollout_wal.engines.sglang.member import Member, refusal
 from rollout_wal.engines.sglang.options import Options
+from rollout_wal.engines.sglang.rollouts import Drawn, Rollouts
+from rollout_wal.engines.sglang.weights import Weights
 from rollout_wal.errors import BadInput
 from rollout_wal.log.policy import SyncPolicy
+from rollout_wal.params import SamplingParams as OurParams
 
 
 @pytest.fixture(scope="session")
@@ -166,3 +171,21 @@ def test_options_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, valu
     with pytest.raises(BadInput, match=words) as raised:
         Options.from_environment()
     assert f"ROLLOUT_WAL_SGLANG_{name}" in str(raised.value)
+
+
+def test_a_token_that_a_retraction_took_back_is_not_of_the_old_weights(model: Path) -> None:
+    """With overlapped steps a request that is retracted loses the token on its way, which is then drawn anew."""
+    rollouts = Rollouts(8, (2,), 100)
+    said: list[int] = []
+    weights = Weights(model, 0, "w0", rollouts, lambda version, digest, source: said.append(version))
+    empty = np.empty(0, np.int32)
+    for rid, retracted in (("runs", False), ("waits", True)):
+        request = Request(0, np.array([5], np.int32), empty, empty.astype(np.bool_), OurParams(), 0)
+        req = SimpleNamespace(is_retracted=retracted, output_ids=[6, 7], weight_version_events=[])
+        rollouts.add(rid, request, req).drawn.append(Drawn(3, 8, -1.0, -1.0, 0))
+    weights.updated("1", "", True)
+    spans = {rid: [e.num_output_tokens for e in r.req.weight_version_events] for rid, r in rollouts.by_rid.items()}
+    assert spans == {"runs": [3], "waits": []}
+    assert said == []  # the step that is on its way is of version 0
+    weights.logging(1)
+    assert said == [1]

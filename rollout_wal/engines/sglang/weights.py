@@ -73,8 +73,9 @@ class Weights:
             return
         self._rollouts.version = int(version)
         self._undeclared = (int(version), digest, source)
-        # Overlapped: a step of the old weights may be on its way still, and its tokens are theirs.
-        late = [rollout for rollout in self._rollouts.by_rid.values() if rollout.drawn]
+        # Overlapped: a step of the old weights may be on its way still, and its tokens are theirs. Those of requests
+        # that were retracted meanwhile are thrown away, and drawn again under the new weights.
+        late = [r for r in self._rollouts.by_rid.values() if r.drawn and not r.req.is_retracted]
         for rollout in late:
             _count_late(rollout.req, len(rollout.drawn), before)
         if not late:
