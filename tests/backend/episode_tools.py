@@ -67,9 +67,11 @@ class Memory:
             self.ran.append(key)
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
-            await self.work()
-            self.busy -= 1
-            self.done[key] = f"{call.arguments['n']} at {position}"
+            try:
+                await self.work()
+            finally:  # cancelled, nobody waits for it any more; it is done, and remembered, all the same
+                self.busy -= 1
+                self.done[key] = f"{call.arguments['n']} at {position}"
         return Result(self.done[key])
 
     async def work(self) -> None:

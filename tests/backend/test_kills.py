@@ -133,7 +133,7 @@ def test_fresh_noise_keeps_what_was_durable_and_changes_the_rest(
 
 
 FAULTY = '''
-import os, signal
+import os, signal, time
 from pathlib import Path
 from rollout_wal.engines.hf import HFEngine
 
@@ -161,6 +161,7 @@ class Faulty(HFEngine):
 
     def step(self):
         if self.slot is not None and self.count >= 5:
+            time.sleep(0.5)  # the log's thread is done with the fifth by then
             os.kill(os.getpid(), signal.SIGKILL)
         out = super().step()
         if self.slot is not None and self.slot in out.slot_N.tolist():
