@@ -116,9 +116,9 @@ def memcpy_gb_per_s(threads: int) -> float:
 
 def loader_gb_per_s(folder: Path, plan_path: Path, ranks: int, processes: int) -> float:
     """What the warm reader delivers to a rank that does nothing."""
-    # Long enough for every page of the memory to have been used: the first use of one takes ten times as long.
     for path in folder.rglob("*.arrow"):
         path.read_bytes()  # some systems reclaim page cache that was not used for a minute
+    # Long enough for every page of the memory to have been used: the first use of one takes ten times as long.
     warm_up, delivered, began = 10, 0, 0.0
     with Loader(
         folder, plan_path, name=uuid.uuid4().hex, groups=GROUPS, local_ranks=1, data_ranks=tuple(range(ranks)),

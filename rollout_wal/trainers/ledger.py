@@ -30,7 +30,7 @@ from ..wal import CohortCount
 from .facts import Facts
 from .state_file import STATE_FILE, read_state, sync_tree, write_state
 
-__all__ = ["STATE_FILE", "Facts", "TrainerLedger", "fresh_cohort", "read_state", "sync_tree", "write_state"]
+__all__ = ["STATE_FILE", "Facts", "TrainerLedger", "abandon", "fresh_cohort", "read_state", "sync_tree", "write_state"]
 
 _FORMAT: Final = 1
 
@@ -316,12 +316,17 @@ class TrainerLedger:
         abandoned = f"{self._run}.{self._lineage}/"
         for name, count in known.items():
             if name.startswith(abandoned) and count.gone < count.size:
-                for rollout in self._backend.in_flight(name):
-                    self._backend.abort(rollout, reason="abandoned")
-                self._backend.release([r.id for r in self._backend.again(name)])
+                abandon(self._backend, name)
         self._lineage = next(
             n for n in itertools.count(self._lineage + 1) if not any(k.startswith(f"{self._run}.{n}/") for k in known)
         )
+
+
+def abandon(backend: RolloutBackend, cohort: str) -> None:
+    """Give up what is unfinished of a cohort, and let go of all that is left of it."""
+    for rollout in backend.in_flight(cohort):
+        backend.abort(rollout, reason="abandoned")
+    backend.release([r.id for r in backend.again(cohort)])
 
 
 def fresh_cohort(cohorts: Mapping[str, CohortCount], name: str) -> str:

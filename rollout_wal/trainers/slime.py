@@ -30,7 +30,7 @@ from ..errors import BadInput, problem
 from ..params import SamplingParams
 from . import slime_rewards
 from .facts import Facts, left_out
-from .ledger import TrainerLedger
+from .ledger import TrainerLedger, abandon
 
 #: What `generate_rollout` puts into a sample's metadata, one mapping under this name.
 METADATA: Final = "rollout_wal"
@@ -232,9 +232,7 @@ def let_go(below: int) -> None:
     for name, count in bound.backend.cohorts().items():
         index = name.removeprefix(prefix).split("/")[0]
         if name.startswith(prefix) and index.isdecimal() and int(index) < below and count.gone < count.size:
-            for rollout in bound.backend.in_flight(name):  # slime has cancelled it
-                bound.backend.abort(rollout, reason="abandoned")
-            bound.backend.release([r.id for r in bound.backend.again(name)])
+            abandon(bound.backend, name)  # slime has cancelled what is still in flight
 
 
 def fill(sample: Any, rollout: FinishedRollout, tokenizer: Any) -> Any:

@@ -70,14 +70,14 @@ def check_spec(extra: Mapping[str, Any], *, own: Iterable[str] = ()) -> bool:
     if not ours:
         return False
     if unknown := sorted(ours - KEYS):
-        raise ValueError(_refused(f"unknown rollout parameters {unknown}", f"Use {sorted(KEYS)}"))
+        raise ValueError(not_accepted(f"unknown rollout parameters {unknown}", f"Use {sorted(KEYS)}"))
     name = extra.get("rollout")
     if not (isinstance(name, str) and name) and not (isinstance(name, int) and 0 <= name < 1 << 62):
-        raise ValueError(_refused(f"rollout={name!r} is no id", "Pass non-empty text, or a number of 0..2**62-1"))
+        raise ValueError(not_accepted(f"rollout={name!r} is no id", "Pass non-empty text, or a number of 0..2**62-1"))
     for field, bits in (("rollout_key", 64), ("rollout_attempt", 31), ("rollout_prefix", 31)):
         value = extra.get(field)
         if value is not None and not (isinstance(value, int) and 0 <= value < 1 << bits):
-            raise ValueError(_refused(f"{field}={value!r} is out of range", f"Pass a number of 0..2**{bits}-1"))
+            raise ValueError(not_accepted(f"{field}={value!r} is out of range", f"Pass a number of 0..2**{bits}-1"))
     return True
 
 
@@ -120,7 +120,8 @@ def _name_bits(name: str) -> int:
     return 1 << (62 - _CONTENT_BITS) | _digest(["name", name]) % (1 << (62 - _CONTENT_BITS))
 
 
-def _refused(what: str, remedy: str) -> str:
+def not_accepted(what: str, remedy: str) -> str:
+    """What a client is told of a request that cannot be honoured."""
     return problem(what, consequence="The request was not accepted: nothing is sampled or logged", remedy=remedy)
 
 

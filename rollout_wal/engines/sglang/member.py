@@ -8,12 +8,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from ...errors import problem
 from ...finish import finish_reason
 from ...params import SamplingParams
 from ..base import FinishReason, Request
 from ..common.logged import Logged
-from ..common.spec import RolloutSpec, check_spec, noise_key, rollout_id, spec_of
+from ..common.spec import RolloutSpec, check_spec, noise_key, not_accepted, rollout_id, spec_of
 from .rollouts import Rollout
 
 #: Keys that the rank with the log adds to a request before the others see it: see `Found`.
@@ -52,11 +51,6 @@ _REFUSED_REQUEST: Final = {
     "return_routed_experts": _NOT_LOGGED,
     "return_indexer_topk": _NOT_LOGGED,
 }
-
-
-def not_accepted(what: str, remedy: str) -> str:
-    """What a client is told."""
-    return problem(what, consequence="The request was not accepted, and nothing is logged of it", remedy=remedy)
 
 
 def refusal(recv_req: Any, deterministic: bool) -> str | None:

@@ -15,12 +15,12 @@ import numpy as np
 from ...errors import BadInput
 from ..base import FinishReason
 from ..common.checkpoint import quick_digest
-from ..common.spec import named
+from ..common.spec import named, not_accepted
 from ..common.step_log import StepLog
 from . import replay
 from .hooks import ATTRIBUTE
 from .info import info_message, info_of
-from .member import OWN, Found, Member, neutralise, not_accepted, refusal
+from .member import OWN, Found, Member, neutralise, refusal
 from .options import Options
 from .outputs import Held, Outputs
 from .retraction import RetractedKv

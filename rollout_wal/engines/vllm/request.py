@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import problem
 from ...params import SamplingParams
 from ..common import spec
 from ..common.spec import RolloutSpec, named, noise_key, rollout_id
@@ -43,19 +42,17 @@ def validate(params: VllmParams) -> None:
         return
     if params.n != 1:
         raise ValueError(
-            problem(
+            spec.not_accepted(
                 f"n={params.n} with a rollout id, and each completion is a rollout",
-                consequence="The request was not accepted",
-                remedy="Send a request for each, with an id of its own",
+                "Send a request for each, with an id of its own",
             )
         )
     for field, why in _REFUSED.items():
         if getattr(params, field, None) not in (None, []):
             raise ValueError(
-                problem(
+                spec.not_accepted(
                     f"{field} cannot be combined with a rollout id: {why}",
-                    consequence="The request was not accepted",
-                    remedy=f"Leave {field} out, or leave the id out and do without the log",
+                    f"Leave {field} out, or leave the id out and do without the log",
                 )
             )
 

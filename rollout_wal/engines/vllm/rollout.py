@@ -15,6 +15,7 @@ from ...params import SamplingParams
 from ..base import FinishReason, Request
 from ..common.logged import Logged
 from ..common.routes import Routes
+from ..common.spec import not_accepted
 from .draws import PLAN, Draws, plan_of
 from .outputs import FINISH, Outputs, single
 from .request import RolloutSpec, limits_of, noise_key, rollout_id, sampling_of
@@ -48,10 +49,9 @@ class Rollout:
         self._cut = len(self._prompt) - spec.prefix
         if not self._cut > 0 or any(not 0 <= i < spec.prefix for i in spec.observed):
             raise BadInput(
-                problem(
+                not_accepted(
                     f"{spec.prefix} of the {len(self._prompt)} prompt tokens of rollout {spec.name!r} are output",
-                    consequence="The request was not accepted: nothing is sampled or logged",
-                    remedy="Submit token ids, at least one before the prefix, and observed indexes within it",
+                    "Submit token ids, at least one before the prefix, and observed indexes within it",
                 )
             )
         self.slot = -1

@@ -225,6 +225,11 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
             )
         return total
 
+    def _head(self, teacher: str) -> Any:
+        if teacher not in self._heads:
+            self._heads[teacher] = self._scorer.head(teacher).tensor()
+        return self._heads[teacher]
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _own_state(self) -> dict[str, Any]:
@@ -233,11 +238,6 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
     def _take_up(self, state: Mapping[str, Any]) -> None:
         for teacher, checkpoint in state.get("teachers", {}).items():
             self._scorer.pins.setdefault(teacher, checkpoint)
-
-    def _head(self, teacher: str) -> Any:
-        if teacher not in self._heads:
-            self._heads[teacher] = self._scorer.head(teacher).tensor()
-        return self._heads[teacher]
 
 
 def _divergence(objective: Objective, beta: float) -> Divergence | None:
