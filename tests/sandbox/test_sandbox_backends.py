@@ -266,7 +266,7 @@ def test_the_wrapper_is_portable(ground: Path, program: str) -> None:
 
     def run(verb: str, *rest: str) -> str:
         argv = [*start, *exec_once.argv(verb, str(ground / "state"), *rest)[1:]]
-        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=20).stdout
+        return subprocess.run(argv, cwd=ground, capture_output=True, text=True, check=False, timeout=20).stdout
 
     instance = exec_once.parse_instance(run("init"))
     assert exec_once.parse_instance("Welcome!\r\n" + run("init")) == instance
