@@ -1,12 +1,13 @@
 """Multi-teacher on-policy distillation: killed, unkilled and restarted from scratch, over seeds.
 
-    python -m benchmarks.mopd --json benchmarks/results/mopd.json --seeds 5
-    python -m benchmarks.mopd --arms killed,unkilled --objectives sampled --work out/bench-mopd
+    python -m benchmarks.mopd --arms killed --json benchmarks/results/mopd_demo.json
+    python -m benchmarks.mopd --short --json benchmarks/results/mopd.json
 
 A run of one arm, objective and seed takes minutes; those that are finished in --work are kept, so the same command goes
-on after an interruption, and what was run is what the result says. Runs are as long as the demonstration's, and are
-killed as often. The arms of a seed share problems and noise, the killed ones the schedule of kills too. Intervals are
-Student's t at 95 % over seeds.
+on after an interruption, and what was run is what the result says. Runs are as long as the demonstration's and are
+killed as often; with --short they are about half as long (see _SHORT), so that all arms over five seeds fit in an
+evening. The arms of a seed share problems and noise, the killed ones the schedule of kills too. Intervals are Student's
+t at 95 % over seeds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ from rollout_wal.trainers.mopd.results import summarise
 from rollout_wal.trainers.mopd.run import make_models, run_student
 from rollout_wal.trainers.mopd.tasks import DOMAINS
 
+#: What --short changes: batches instead of the demonstration's 40, and about as few kills in proportion.
+_SHORT: dict[Objective, dict[str, Any]] = {
+    "sampled": {"batches": 32, "trainer_kills": 1, "server_kills": 1},
+    "full_vocabulary": {"batches": 16, "trainer_kills": 1, "server_kills": 1},
+}
 _QUICK: dict[str, Any] = {
     "batches": 4,
     "rollouts": 64,
@@ -74,6 +80,7 @@ def aggregate(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--short", action="store_true", help="runs of about half the length")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, default=Path("out/bench-mopd"), help="runs, finished or not")
     parser.add_argument("--seeds", type=int, default=0, help="how many; 5, or 1 with --quick")
@@ -87,7 +94,7 @@ def main() -> None:
     if unknown := sorted({*arms, *objectives} - {*ARMS, *OBJECTIVES}):
         parser.error(f"unknown: {', '.join(unknown)} (known: {', '.join((*ARMS, *OBJECTIVES))})")
     school = School(addition_steps=20, sorting_steps=20, student_steps=5) if args.quick else School()
-    work = args.work / ("quick" if args.quick else "full")
+    work = args.work / ("quick" if args.quick else "short" if args.short else "full")
     console = Console(stderr=True)
     specialists = make_models(work / "models", school, console)
     runs: list[dict[str, Any]] = []
@@ -95,7 +102,7 @@ def main() -> None:
         for objective in objectives:
             for arm in arms:
                 config = replace(StudentConfig(), arm=arm, objective=objective, seed=seed)
-                config = replace(config, **_QUICK) if args.quick else config
+                config = replace(config, **(_QUICK if args.quick else _SHORT[objective] if args.short else {}))
                 if args.finished and not (work / f"{objective}-{arm}-{seed}" / "done.json").is_file():
                     continue
                 console.print(f"seed {seed}, {objective}, {arm}")

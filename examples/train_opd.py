@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_wal.backend import FinishedRollout, RolloutBackend
@@ -39,6 +39,7 @@ from scoring.teachers.hf import HfTeacherSource
 
 BATCHES, CHECKPOINT_EVERY, PROMPTS, TOKEN_BUDGET = 6, 2, 32, 768
 SAMPLING = SamplingParams(max_tokens=24)
+COLUMNS = ("sampling_logprobs", "teacher.teacher.logprobs")
 ROUTER = DomainRouter({"": "teacher"})  # every sample, as none names its domain
 
 
@@ -109,7 +110,7 @@ class Trainer:
         divergences = []
         with Loader(folder, path, name=f"opd:{folder}", groups=("tokens", "teacher.teacher")) as loader:
             for mini in loader:
-                loss, divergence = self.loss(collate_padded(mini.samples, ("logprobs", "teacher.teacher.logprobs")))
+                loss, divergence = self.loss(collate_padded(mini.samples, COLUMNS))
                 self.optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -122,9 +123,10 @@ class Trainer:
         """Entry t of every column is about token t, so the logits of t - 1 go with it."""
         logits = self.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, :-1].float()
         logprobs = logits.log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-        mask = batch.loss_mask[:, 1:] & batch.masks["teacher.teacher.logprobs"][:, 1:]
-        advantages = opd_advantages(batch.columns["teacher.teacher.logprobs"][:, 1:], logprobs, mask)
-        loss = masked_importance_loss(logprobs, batch.columns["logprobs"][:, 1:], advantages, mask)
+        sampler, teacher = (batch.columns[name][:, 1:] for name in COLUMNS)
+        mask = (batch.loss_mask & batch.masks[COLUMNS[0]] & batch.masks[COLUMNS[1]])[:, 1:]
+        advantages = opd_advantages(teacher, logprobs, mask)
+        loss = masked_importance_loss(logprobs, sampler, advantages, mask)
         return loss, -float(advantages[mask].mean())
 
     def checkpoint(self, batches: int) -> None:
@@ -133,7 +135,7 @@ class Trainer:
         folder = self.out / "checkpoints" / f"{batches:06d}"
         shutil.rmtree(folder, ignore_errors=True)  # one that a crash cut short
         folder.mkdir(parents=True)
-        save_file(self.model.state_dict(), folder / "model.safetensors")
+        save_model(self.model, str(folder / "model.safetensors"))
         moments = {f"{i}.{k}": v for i, e in self.optimizer.state_dict()["state"].items() for k, v in e.items()}
         save_file(moments, folder / "optimizer.safetensors")
         sync_tree(folder)
@@ -147,7 +149,7 @@ class Trainer:
             self.ledger.restore(None)
             return 0
         folder = max(whole)
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        load_model(self.model, folder / "model.safetensors")
         raw = self.optimizer.state_dict()
         for key, value in load_file(folder / "optimizer.safetensors").items():
             index, _, name = key.partition(".")

@@ -52,7 +52,7 @@ def cohort_digest(
     sampling: SamplingParams,
     *,
     group_size: int,
-    seed: int,
+    seed: int | None,
     noise: str,
     turns: Mapping[str, Any] | None = None,
 ) -> str:
@@ -65,6 +65,12 @@ def cohort_digest(
     if turns:
         h.update(repr(sorted(turns.items())).encode())
     return h.hexdigest()
+
+
+def cohort_seed(name: str) -> int:
+    """The seed of a cohort whose caller gave none. Were it the same for all of them, every step of a training run would
+    draw the same noise, and while the policy moves little, say much the same again."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def rollout_seed(seed: int, index: int) -> int:

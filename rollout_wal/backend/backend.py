@@ -48,7 +48,10 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         engine: a local model folder (for the embedded engine), or an EngineSpec.
         path: the directory of the logs. The same directory continues the same job.
         workers: worker processes, one engine and one engine log each.
-        slots: rollouts that a worker runs at once (the engine's max_batch is set to it).
+        slots: rollouts that a worker runs at once. The embedded engine's max_batch is set to it; with an EngineSpec,
+            give its options the same number.
+        devices: what each worker sees of the accelerators, one entry per worker, as CUDA_VISIBLE_DEVICES has it: "0",
+            or "0,1" for an engine on two. None: all of them see what this process sees.
         segment_bytes: size of the files that a log consists of; also about the least that a log takes on disk.
         policy: when the logs are synced.
         first_version: policy version of the model folder's weights, in a new job.
@@ -73,6 +76,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         *,
         workers: int = 1,
         slots: int = 32,
+        devices: Sequence[str] | None = None,
         segment_bytes: int = 64 << 20,
         policy: SyncPolicy | None = None,
         first_version: int = 0,
@@ -91,6 +95,14 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
                     remedy="Pass positive numbers",
                 )
             )
+        if devices is not None and (isinstance(devices, str) or len(devices) != workers):
+            raise BadInput(
+                problem(
+                    f"devices={devices!r} for {workers} workers",
+                    consequence="Nothing was started",
+                    remedy='Pass one entry per worker: devices=["0", "1"] for two workers with one device each',
+                )
+            )
         spec = engine if isinstance(engine, EngineSpec) else EngineSpec(os.fspath(engine), options={"max_batch": slots})
         if Path(spec.model).is_dir():  # its name is logged, and read back from another working directory
             spec = replace(spec, model=str(Path(spec.model).resolve()))
@@ -103,6 +115,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         self._options: dict[str, Any] = {
             "workers": workers,
             "slots": slots,
+            "devices": None if devices is None else [str(d) for d in devices],
             "first_version": first_version,
             "poison": poison or PoisonRule(),
             "witness": witness,
@@ -174,7 +187,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         sampling: SamplingParams,
         *,
         group_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         cohort: str | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         noise: Noise = "position",
@@ -190,7 +203,8 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         Args:
             prompts: token ids, one sequence each.
             sampling: how to draw, for all of them.
-            seed: with cohort-independent indexes it determines every rollout's seed, and so every token.
+            seed: with the index in the cohort it determines every rollout's noise, and so every token; calls with the
+                same seed draw the same noise. None: the cohort's name takes its place, so that no two cohorts do.
             cohort: a name. Without one, calls with equal arguments are told apart by their order in this process.
             metadata: one mapping per prompt, logged and handed out with each of its rollouts.
             noise: "position": keyed by seed and position; a resume repeats no draw and lost tokens come back the
@@ -214,7 +228,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         sampling: SamplingParams,
         *,
         group_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         cohort: str | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         noise: Noise = "position",
@@ -419,7 +433,7 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         prompts: Sequence[ArrayLike],
         sampling: SamplingParams,
         group_size: int,
-        seed: int,
+        seed: int | None,
         cohort: str | None,
         metadata: Sequence[Mapping[str, Any]] | None,
         noise: Noise,

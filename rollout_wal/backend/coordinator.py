@@ -10,7 +10,7 @@ What needs no other room is here: what workers say, how rollouts end, what calle
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -50,6 +50,7 @@ class Coordinator(threading.Thread):
         *,
         workers: int,
         slots: int,
+        devices: Sequence[str] | None = None,
         first_version: int,
         poison: PoisonRule,
         witness: str | None,
@@ -72,6 +73,7 @@ class Coordinator(threading.Thread):
             spec,
             self._commands,
             workers=workers,
+            devices=devices,
             first_version=first_version,
             witness=witness,
             grace_s=grace_s,

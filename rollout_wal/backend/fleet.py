@@ -9,7 +9,7 @@ from __future__ import annotations
 import selectors
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..errors import BadInput, MissingExtra, ProvenanceError, WorkerFailed, problem
 from ..kv.snapshots import KvConfig
@@ -41,6 +41,7 @@ class Fleet:
         commands: Commands,
         *,
         workers: int,
+        devices: Sequence[str] | None = None,
         first_version: int,
         witness: str | None,
         grace_s: float,
@@ -53,6 +54,7 @@ class Fleet:
         self._wal = wal
         self._spec = spec
         self._commands = commands
+        self._devices = dict(zip((w.name for w in self.workers), devices, strict=True)) if devices is not None else {}
         self._first_version = first_version
         self._witness = witness
         self._grace_s = grace_s
@@ -85,6 +87,7 @@ class Fleet:
             "first_version": self._first_version,
             "witness": self._witness,
             "take_over": self._take_over,
+            "devices": self._devices.get(worker.name),
         }
         if self._kv is not None:
             config["kv"] = {

@@ -164,6 +164,8 @@ def _child(nursery: socket.socket, fd: int, config: Message, pipe: tuple[int, in
         nursery.close()
         for end in pipe:
             os.close(end)
+        if config.get("devices") is not None:  # read when the device is first touched, which this process has not done
+            os.environ["CUDA_VISIBLE_DEVICES"] = config["devices"]
         module, _, function = str(config.get("main", _WORKER_MAIN)).partition(":")
         status = getattr(import_module(module), function)(socket.socket(fileno=fd), config)
     finally:

@@ -16,7 +16,7 @@ from ..engines.base import EngineInfo
 from ..episode import Episodes
 from ..errors import BadInput, problem
 from ..params import SamplingParams
-from ..prompts import check_prompt, cohort_digest, rollout_seed
+from ..prompts import check_prompt, cohort_digest, cohort_seed, rollout_seed
 from ..wal import RolloutWal
 
 Noise = Literal["position", "attempt"]
@@ -37,7 +37,7 @@ class Submission:
         sampling: SamplingParams,
         *,
         group_size: int,
-        seed: int,
+        seed: int | None,
         metadata: Sequence[Mapping[str, Any]] | None,
         noise: Noise,
         info: EngineInfo | None,
@@ -53,7 +53,7 @@ class Submission:
                     remedy="Pass at least one prompt, a group size of at least 1, and one metadata entry per prompt",
                 )
             )
-        if noise not in get_args(Noise) or not -(1 << 63) <= seed < 1 << 64:
+        if noise not in get_args(Noise) or not -(1 << 63) <= (seed or 0) < 1 << 64:
             raise BadInput(
                 problem(
                     f"noise={noise!r} with seed {seed}",
@@ -87,11 +87,12 @@ class Submission:
         number = cohort.record.cohort
         # A crash in the middle of this loop leaves some begun and none of the others known: they begin now.
         begun = {r.begin.index for r in cohort.members.values()}
+        seed = cohort_seed(name) if self._seed is None else self._seed
         fresh = [
             wal.begin(
                 self._prompts[index // self._group_size],
                 self._sampling,
-                seed=rollout_seed(self._seed, index),
+                seed=rollout_seed(seed, index),
                 noise=self._noise,
                 cohort=cohort,
                 index=index,

@@ -34,8 +34,7 @@ def save_weights(tensors: Mapping[str, Any], parent: Path, version: int, *, like
     for path in Path(like).iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name:
             shutil.copyfile(path, temporary / path.name)
-    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
+    save_file(_once(tensors), temporary / "model.safetensors", metadata={"format": "pt"})
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -43,6 +42,15 @@ def save_weights(tensors: Mapping[str, Any], parent: Path, version: int, *, like
     temporary.rename(folder)
     sync_directory(parent)
     return folder
+
+
+def _once(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """On the CPU, each once: safetensors writes no memory twice, and an engine ties what is tied by itself."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        alone = (name,) if not tensor.numel() else ()
+        first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), *alone), name)
+    return {name: tensors[name].detach().contiguous().cpu() for name in first.values()}
 
 
 def drop_weights(parent: Path, version: int, *, keep: str) -> None:

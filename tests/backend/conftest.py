@@ -19,7 +19,7 @@ from rollout_wal.backend import RolloutBackend
 from rollout_wal.engines.base import Request
 from rollout_wal.engines.hf import HFEngine
 from rollout_wal.params import SamplingParams
-from rollout_wal.prompts import rollout_seed
+from rollout_wal.prompts import cohort_seed, rollout_seed
 from rollout_wal.testing.tiny_models import make_tiny_model
 
 PROMPTS = [[1, 40 + i, 50 + 2 * i, 60 + 3 * i] for i in range(8)]
@@ -45,10 +45,19 @@ Reference = Callable[..., list[list[int]]]
 
 @pytest.fixture(scope="session")
 def reference(model: Path) -> Reference:
-    """(prompts, sampling, group_size, seed) -> the output tokens of each index, of an uninterrupted run."""
+    """(prompts, sampling, group_size, seed or cohort) -> the output tokens of each index, of an uninterrupted run."""
     engine = HFEngine.from_folder(model, max_batch=64)
 
-    def run(prompts: Sequence[Any], sampling: SamplingParams, *, group_size: int = 1, seed: int = 0) -> list[list[int]]:
+    def run(
+        prompts: Sequence[Any],
+        sampling: SamplingParams,
+        *,
+        group_size: int = 1,
+        seed: int | None = None,
+        cohort: str = "",
+    ) -> list[list[int]]:
+        assert (seed is None) == bool(cohort), "without a seed, the cohort's name decides"
+        seed = cohort_seed(cohort) if seed is None else seed
         out: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
         for index in range(len(out)):
             prompt = np.asarray(prompts[index // group_size], np.int32)

@@ -49,5 +49,5 @@ def test_many_cohorts_through_small_segments(
     assert max(sizes) < 3 * 10 * SEGMENT
     assert max(sizes[40:]) < 1.5 * max(sizes[5:20])
     assert max(descriptors[40:]) <= max(descriptors[5:20]) + 4
-    expected = reference(prompts[:2], SamplingParams(max_tokens=1800, ignore_eos=True))
+    expected = reference(prompts[:2], SamplingParams(max_tokens=1800, ignore_eos=True), cohort="lasting")
     assert {r.index: r.tokens.tolist() for r in survivors} == dict(enumerate(expected))

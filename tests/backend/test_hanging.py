@@ -75,14 +75,14 @@ def test_a_worker_that_hangs_while_it_stops_is_ended(
     prompts = prompts[:4]
     long = SamplingParams(max_tokens=300, ignore_eos=True)
     with backend(engine=stuck, workers=1, grace_s=1.0) as b:
-        iterator = b.generate(prompts, long)
+        iterator = b.generate(prompts, long, cohort="long")
         until(lambda: b.stats.tokens > 100)
         (tmp_path / "hang").touch()
         b.kill_worker("0", 15)  # notice of a preemption
         rollouts = list(iterator)
         assert (tmp_path / "hangs").exists()
         assert b.stats.deaths == 1
-    assert {r.index: r.tokens.tolist() for r in rollouts} == dict(enumerate(reference(prompts, long)))
+    assert {r.index: r.tokens.tolist() for r in rollouts} == dict(enumerate(reference(prompts, long, cohort="long")))
 
 
 def test_half_loaded_weights_sample_nothing(

@@ -72,7 +72,7 @@ def run_through(job: Callable[..., Any], until: Any, times: list[float], number:
 
 def test_a_killed_backend_goes_on(job: Any, until: Any, reference: Any, prompts: Any) -> None:
     last = run_through(job, until, [0.05, 0.2], signal.SIGKILL, group_size=8)
-    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=8))
+    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=8, cohort="job"))
     assert last.events("done")[-1]["holds"]
     # A life that was killed while it held rollouts that it had not consumed hands them out again.
     assert any(line["again"] for line in last.events("delivered"))
@@ -83,14 +83,14 @@ def test_a_backend_killed_again_and_again_goes_on(job: Any, until: Any, referenc
     rng = random.Random(3)
     times = [rng.expovariate(1 / 0.2) for _ in range(8)]
     last = run_through(job, until, times, signal.SIGKILL, group_size=40)
-    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=40))
+    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=40, cohort="job"))
     assert last.events("done")[-1]["holds"]
 
 
 @pytest.mark.slow
 def test_a_backend_that_is_given_notice_goes_on(job: Any, until: Any, reference: Any, prompts: Any) -> None:
     last = run_through(job, until, [0.1, 0.3], signal.SIGTERM, group_size=24)
-    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=24))
+    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=24, cohort="job"))
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_killed_while_it_starts(job: Any, until: Any, reference: Any, prompts: A
         process.process.wait()
     last = job(group_size=2)
     assert last.process.wait(60) == 0
-    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=2))
+    check_lives(last.lines(), reference(prompts, SAMPLING, group_size=2, cohort="job"))
 
 
 def test_one_owner(job: Any, until: Any, backend: Callable[..., RolloutBackend], reference: Any, prompts: Any) -> None:
@@ -169,7 +169,7 @@ def test_a_job_log_that_cannot_be_written_stops_the_backend(
     with backend() as b:
         rest = list(b.generate(prompts, SAMPLING, group_size=8, cohort="c"))
         assert b.balance().holds
-    expected = reference(prompts, SAMPLING, group_size=8)
+    expected = reference(prompts, SAMPLING, group_size=8, cohort="c")
     assert len(rest) == 64 - 5
     for r in [*taken.values(), *rest]:
         assert r.tokens.tolist() == expected[r.index]
@@ -185,7 +185,9 @@ def test_a_full_disk_at_the_start_is_told(job: Any, reference: Any, prompts: Any
     assert "Cure the disk" in failed["error"]
     last = job(group_size=4)
     assert last.process.wait(60) == 0
-    check_lives([x for x in last.lines() if x["event"] != "failed"], reference(prompts, SAMPLING, group_size=4))
+    check_lives(
+        [x for x in last.lines() if x["event"] != "failed"], reference(prompts, SAMPLING, group_size=4, cohort="job")
+    )
 
 
 def test_a_newer_format_is_refused(backend: Callable[..., RolloutBackend], prompts: Any, tmp_path: Path) -> None:

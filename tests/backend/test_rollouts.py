@@ -307,6 +307,19 @@ def test_an_exception_in_a_command_reaches_its_caller_alone(running: RolloutBack
     use_up(running, rollouts)
 
 
+def test_without_a_seed_every_cohort_has_noise_of_its_own(
+    running: RolloutBackend, prompts: Any, reference: Any
+) -> None:
+    asked = {name: list(running.generate(prompts, SAMPLING, cohort=name)) for name in ("noise-0", "noise-1")}
+    for name, rollouts in asked.items():
+        assert by_index(rollouts) == as_index(reference(prompts, SAMPLING, cohort=name))
+    assert by_index(asked["noise-0"]) != by_index(asked["noise-1"])
+    unnamed = [list(running.generate(prompts[:3], SAMPLING)) for _ in range(2)]
+    assert by_index(unnamed[0]) != by_index(unnamed[1])
+    for rollouts in (*asked.values(), *unnamed):
+        use_up(running, rollouts)
+
+
 def test_progress_bar(running: RolloutBackend, prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # a long number would push the last column out of a narrow screen
     screen = io.StringIO()

@@ -238,3 +238,27 @@ def test_weights_edited_without_a_declared_version(
         backend(engine=make_tiny_model(tmp_path / "other", "qwen3")).start()
     with backend() as b:  # the log is usable still
         assert len(list(b.generate(prompts, SHORT))) == 8
+
+
+def test_tied_weights_as_tensors(model: Path, tmp_path: Path, prompts: Any) -> None:
+    """One memory under two names, which safetensors does not write."""
+    folder = tmp_path / "tied"
+    tied = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(folder)
+    for path in model.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    with torch.no_grad():
+        tied.lm_head.weight *= 1.5
+    assert tied.lm_head.weight.data_ptr() == tied.model.embed_tokens.weight.data_ptr()
+    saved = tmp_path / "saved"
+    tied.save_pretrained(saved)
+    for path in model.glob("tokenizer*"):
+        shutil.copy(path, saved)
+    digests = []
+    for number, weights in enumerate((tied.state_dict(), saved)):
+        with RolloutBackend(folder, tmp_path / f"wal-{number}", segment_bytes=1 << 18) as b:
+            digests.append(b.update_weights(weights, version=1))
+            assert {int(v) for r in b.generate(prompts, SHORT) for v in r.output.version_T} == {1}
+    assert digests[0] == digests[1]

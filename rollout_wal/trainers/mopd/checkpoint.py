@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from ..ledger import STATE_FILE, read_state, sync_tree, write_state
 
@@ -20,7 +20,7 @@ def save_checkpoint(parent: Path, model: Any, optimizer: torch.optim.Optimizer, 
     folder = parent / f"{int(state['batches']):06d}"
     shutil.rmtree(folder, ignore_errors=True)  # one that a crash cut short
     folder.mkdir(parents=True)
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, folder / _MODEL)
+    save_model(model, str(folder / _MODEL))
     moments = {
         f"{index}.{name}": value
         for index, entry in optimizer.state_dict()["state"].items()
@@ -40,7 +40,7 @@ def last_checkpoint(parent: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint's weights and moments into model and optimizer; return the ledger's state."""
-    model.load_state_dict(load_file(folder / _MODEL))
+    load_model(model, folder / _MODEL)
     raw = optimizer.state_dict()
     raw["state"] = {}
     for key, value in load_file(folder / _OPTIMIZER).items():

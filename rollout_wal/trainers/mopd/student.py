@@ -211,7 +211,7 @@ class Student:
                         break
                     here = [g for g in self._groups() if any(s.group(g) is not None for s in batch.samples)]
                     column = "hidden_states" if self.config.objective == "full_vocabulary" else "logprobs"
-                    columns = ["logprobs", *(f"{g}.{column}" for g in here)]
+                    columns = ["sampling_logprobs", *(f"{g}.{column}" for g in here)]
                     columns += [f"{g}.topk_ids" for g in here if column == "logprobs"]
                     padded = collate_padded(batch.samples, columns)
                 with self._timed("train"):
@@ -278,11 +278,11 @@ class Student:
             overlap[group.partition(".")[2]].append(
                 _overlap(student_top_BTk, padded.columns[f"{group}.topk_ids"][:, 1:], mask_BT & valid_BT)
             )
-        mask_BT = mask_BT & scored_BT & padded.masks["logprobs"][:, 1:]
+        mask_BT = mask_BT & scored_BT & padded.masks["sampling_logprobs"][:, 1:]
         opinion_BT = opd_advantages(teacher_BT, logprob_BT, mask_BT)
         domains = [padded.masks[f"{group}.logprobs"][:, 1:] for group in groups]
         advantage_BT, kept_BT = weigh(opinion_BT, mask_BT, domains)
-        loss = masked_importance_loss(logprob_BT, padded.columns["logprobs"][:, 1:], advantage_BT, kept_BT)
+        loss = masked_importance_loss(logprob_BT, padded.columns["sampling_logprobs"][:, 1:], advantage_BT, kept_BT)
         return loss, -float(opinion_BT[mask_BT].mean())
 
     def learning_rate(self, number: int) -> float:

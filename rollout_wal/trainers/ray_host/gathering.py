@@ -24,7 +24,7 @@ class Request:
 
     size: int
     group_size: int
-    seed: int
+    seed: int | None
     sampling: SamplingParams
 
     def digest(self, prompt: list[int]) -> str:

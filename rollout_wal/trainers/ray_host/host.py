@@ -28,6 +28,26 @@ except ImportError as error:
     raise MissingExtra(error.name or "ray", "ray", "a rollout backend on Ray") from None
 
 
+def shared_out(devices: Sequence[object], workers: int) -> list[str] | None:
+    """What Ray has set aside for the actor, in equal parts for its workers; None where nothing is to be shared out.
+
+    Raises:
+        BadInput: they cannot be shared out evenly.
+    """
+    if workers < 2 or not devices:
+        return None
+    each, rest = divmod(len(devices), workers)
+    if rest:
+        raise BadInput(
+            problem(
+                f"num_gpus={len(devices)} for {workers} workers",
+                consequence="The host was not started: some workers would have had fewer devices than others",
+                remedy="Ask for a multiple, or say with devices=[...] what each worker sees",
+            )
+        )
+    return [",".join(map(str, devices[i * each : (i + 1) * each])) for i in range(workers)]
+
+
 class RolloutHost:
     """What runs in the actor. `start_host` makes one.
 
@@ -39,6 +59,7 @@ class RolloutHost:
         if shared and ray.get_runtime_context().was_current_actor_reconstructed:
             # Ray has given the old actor up, and that one may live on, cut off on another node: it is fenced.
             options["take_over"] = True
+        options.setdefault("devices", shared_out(ray.get_gpu_ids(), int(options.get("workers", 1))))
         self._backend = RolloutBackend(engine, path, **options).start()
         self._served = Served(self._backend)
         self._gathering: dict[str, Gathering] = {}
@@ -55,7 +76,7 @@ class RolloutHost:
         sampling: SamplingParams,
         *,
         group_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[FinishedRollout]:
         """All rollouts of a cohort that are not gone, in the order of the prompts; see `RolloutBackend.generate`.
@@ -73,7 +94,7 @@ class RolloutHost:
         prompts: Sequence[ArrayLike],
         sampling: SamplingParams,
         group_size: int,
-        seed: int,
+        seed: int | None,
         metadata: Sequence[Mapping[str, Any]] | None,
     ) -> Futures:
         """Even where this process knows the cohort: the backend compares what is asked for with the log."""
@@ -115,7 +136,7 @@ class RolloutHost:
         sampling: SamplingParams,
         *,
         group_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> FinishedRollout:
         """Member `index` of a cohort that `size` callers begin together, each knowing its own prompt only.
