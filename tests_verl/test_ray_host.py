@@ -15,9 +15,11 @@ import ray
 from hosts import kill_host, stop, wait_until
 
 from rollout_wal.backend import FinishedRollout, RolloutBackend
-from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch
+from rollout_wal.errors import BadInput, CheckpointMismatch, CohortMismatch, RolloutWalError
 from rollout_wal.params import SamplingParams
+from rollout_wal.testing.tiny_models import make_tiny_model
 from rollout_wal.trainers.ray_host import get_host, start_host
+from rollout_wal.trainers.ray_host.host import shared_out
 
 #: Long enough to be killed in the middle.
 SAMPLING = SamplingParams(max_tokens=300, min_tokens=250)
@@ -175,3 +177,46 @@ def test_weights_change_once_however_often_it_is_asked(
     found = ray.get(ask(handle, "new"), timeout=120)
     assert {int(v) for r in found for v in r.output.version_T} == {1}
     assert ray.get(handle.labels.remote()) == {0: 0, 1: 10}  # the first was given to the host that died
+
+
+def test_a_host_whose_backend_cannot_go_on_makes_room(cluster: None, tmp_path: Path) -> None:
+    """Its worker's successors find no model: the backend stops. Ray's next actor fails with the reason, and once the
+    model is there again, whoever starts a host gets one that goes on."""
+    model = make_tiny_model(tmp_path / "model", mean_length=40.0)
+
+    def start() -> Any:
+        return start_host(model, tmp_path / "wal", name="stuck", slots=8, segment_bytes=1 << 18, num_cpus=0.5)
+
+    handle = start()
+    ray.get(ask(handle, "before"))
+    model.rename(tmp_path / "away")
+    (pid,) = ray.get(handle.worker_pids.remote()).values()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises((RolloutWalError, ray.exceptions.RayActorError)):
+        ray.get(ask(handle, "after"), timeout=120)
+    reason = ""
+
+    def is_dead() -> bool:
+        nonlocal reason
+        try:
+            ray.get(handle.policy_version.remote(), timeout=120)
+        except ray.exceptions.RayActorError as error:
+            reason = str(error)
+        except RolloutWalError:
+            return False  # the old actor tells what its backend said
+        return "config.json" in reason
+
+    wait_until(is_dead, 120)
+    (tmp_path / "away").rename(model)
+    again = start()
+    assert len(ray.get(ask(again, "after"), timeout=120)) == len(PROMPTS) * GROUP
+    stop(again)
+
+
+def test_what_ray_sets_aside_is_shared_out() -> None:
+    assert shared_out(["0", "1", "4", "5"], 2) == ["0,1", "4,5"]
+    assert shared_out([2, 3], 2) == ["2", "3"]
+    assert shared_out(["0", "1"], 1) is None
+    assert shared_out([], 8) is None
+    with pytest.raises(BadInput, match="num_gpus=3 for 2 workers"):
+        shared_out(["0", "1", "2"], 2)

@@ -134,11 +134,14 @@ def _one(page: Page, name: str, run: Run, found: Mapping[str, Any]) -> None:
             [
                 ("mean", 3, steps, [sum(b["steps_behind"]) / len(b["steps_behind"]) for b in trained]),
                 ("largest", 4, steps, [max(b["steps_behind"]) for b in trained]),
+                ("policy versions", 5, steps, [max(b["versions_behind"]) for b in trained]),
             ],
             x="optimizer steps",
             y="steps behind",
         ),
-        "Staleness: optimizer steps between the policy that sampled a token and the one that learns from it.",
+        "Staleness: optimizer steps since the batch's policy version was handed over, when its tokens are learnt from; "
+        "and by how many versions the oldest token of a batch, as logged, is behind that version. A worker's death in "
+        "the middle of a batch makes no token older.",
     )
     if found["interruptions"]:
         section.figure(

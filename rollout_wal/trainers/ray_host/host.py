@@ -18,6 +18,7 @@ from ...params import SamplingParams
 from ...wal import Balance, CohortCount
 from ..ledger import fresh_cohort
 from . import checkpoints
+from .ending import end_with
 from .gathering import ASKED, Gathering, Request, mismatch
 from .labels import Labels
 from .served import Futures, Served
@@ -61,6 +62,7 @@ class RolloutHost:
             options["take_over"] = True
         options.setdefault("devices", shared_out(ray.get_gpu_ids(), int(options.get("workers", 1))))
         self._backend = RolloutBackend(engine, path, **options).start()
+        end_with(self._backend)
         self._served = Served(self._backend)
         self._gathering: dict[str, Gathering] = {}
         self._labels = Labels(Path(path) / "host")
