@@ -21,7 +21,7 @@ from .command_run import read_prompts
     "prompt_file",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help='JSONL; each line holds "prompt_tokens", a list of token ids.',
+    help='JSONL; each line holds "prompt_token_ids", a list of token ids.',
 )
 @click.option("--copies", default=8, show_default=True, help="Rollouts per prompt.")
 @click.option("--interrupt-every", required=True, type=float, help="Mean seconds between the kills of a worker.")

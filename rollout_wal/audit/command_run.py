@@ -77,7 +77,7 @@ def simulated(
     "prompt_file",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help='JSONL; each line holds "prompt_tokens", a list of token ids.',
+    help='JSONL; each line holds "prompt_token_ids", a list of token ids.',
 )
 @click.option("--copies", default=8, show_default=True, help="Rollouts per prompt.")
 @click.option("--interrupt-every", required=True, type=float, help="Mean seconds between interruptions.")
@@ -169,14 +169,14 @@ def read_prompts(path: Path) -> list[list[int]]:
         if not line.strip():
             continue
         try:
-            tokens = json.loads(line)["prompt_tokens"]
+            tokens = json.loads(line)["prompt_token_ids"]
             prompts.append([int(t) for t in tokens])
         except (ValueError, LookupError, TypeError) as error:
             raise AuditError(
                 problem(
-                    f"line {number} of {path} holds no prompt_tokens",
+                    f"line {number} of {path} holds no prompt_token_ids",
                     consequence="Nothing was run",
-                    remedy='Write one JSON object per line, as in {"prompt_tokens": [1, 2, 3]}',
+                    remedy='Write one JSON object per line, as in {"prompt_token_ids": [1, 2, 3]}',
                 )
             ) from error
     if not prompts:

@@ -219,7 +219,7 @@ def test_servers_that_cannot_be_used_are_named(server: str) -> None:
 
 def test_the_command_audits_a_server(server: str, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt_tokens": p}) + "\n" for p in PROMPTS), encoding="utf-8")
+    prompts.write_text("".join(json.dumps({"prompt_token_ids": p}) + "\n" for p in PROMPTS), encoding="utf-8")
     arguments = ["run", "completions", "--url", server, "--model", "toy", "--prompts", str(prompts)]
     arguments += ["--copies", "10", "--interrupt-every", "0.02", "--max-tokens", "40", "--api-key", "secret"]
     result = CliRunner().invoke(audit, [*arguments, "--json"])

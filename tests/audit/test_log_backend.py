@@ -59,7 +59,7 @@ def test_the_adapter_delivers_what_an_uninterrupted_run_would(model: Path, tmp_p
 @pytest.mark.slow
 def test_the_command_audits_the_log(model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt_tokens": p}) + "\n" for p in PROMPTS), encoding="utf-8")
+    prompts.write_text("".join(json.dumps({"prompt_token_ids": p}) + "\n" for p in PROMPTS), encoding="utf-8")
     arguments = [
         "run",
         "log",

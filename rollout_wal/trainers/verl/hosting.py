@@ -15,9 +15,8 @@ def host_of(settings: Settings, model: str) -> Any:
     Args:
         model: a local model folder; its weights are the first policy version in a new job.
     """
-    spec: EngineSpec | str = model
-    if settings.engine is not None:
-        spec = EngineSpec(model, settings.engine, {"max_batch": settings.slots, **settings.engine_options})
+    factory = {"factory": settings.engine} if settings.engine is not None else {}
+    spec = EngineSpec(model, options={"max_batch": settings.slots, **settings.engine_options}, **factory)
     return start_host(
         spec,
         settings.path,

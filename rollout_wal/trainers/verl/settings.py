@@ -22,7 +22,8 @@ class Settings:
         path: the directory of the logs.
         run: names this run in the job; another name starts another run.
         host: name of the Ray actor.
-        engine, engine_options: factory of an EngineSpec, "module:callable", and its options; None: the embedded engine.
+        engine: factory of an EngineSpec, "module:callable"; None: the embedded engine.
+        engine_options: its options: `device`, `dtype` and so on. Without any, the embedded engine runs on a CPU.
         workers, slots: of the backend.
         archive: a dataset folder that keeps every consumed rollout, which `rollout-wal trace` reads.
         detached: the host outlives verl's driver, and its rollouts go on meanwhile.
