@@ -36,7 +36,8 @@ def start_host(
     num_gpus: float = 0,
     **options: Any,
 ) -> Any:
-    """The host of this name, started if there is none. Ray restarts it when it dies, as often as it takes.
+    """The host of this name, started if there is none, or one that could not start. Ray restarts it when it dies, as
+    often as it takes.
 
     It lives as long as the process that started it, whoever keeps its handle, or until `ray.kill`.
 
@@ -52,6 +53,7 @@ def start_host(
     Returns:
         Ray's handle of the actor: `await host.generate.remote(...)`, or `ray.get` of it.
     """
+    _make_room(name, namespace)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(RolloutHost).options(
         name=name,
@@ -74,6 +76,18 @@ def start_host(
     if kept is None or kept._actor_id != handle._actor_id:
         _kept[place] = handle
     return handle
+
+
+def _make_room(name: str, namespace: str | None) -> None:
+    """An actor that failed while it started is dead for good, and keeps its name as long as anybody has its handle."""
+    try:
+        found = ray.get_actor(name, namespace=namespace)
+        ray.get(found.pid.remote())
+    except ValueError:
+        return
+    except ray.exceptions.RayActorError:
+        ray.kill(found, no_restart=True)
+        _kept.pop((namespace or ray.get_runtime_context().namespace, name), None)
 
 
 def get_host(name: str = DEFAULT_NAME, namespace: str | None = None) -> Any:
