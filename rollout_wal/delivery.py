@@ -46,7 +46,7 @@ def to_sample(rollout: FinishedRollout, info: EngineInfo, sampling: SamplingPara
         segment_kinds=kinds,
         logprobs=whole(output.logprob.value_T, output.logprob.valid_T),
         sampling_logprobs=whole(output.sampling_logprob.value_T, output.sampling_logprob.valid_T),
-        policy_runs=tuple((int(version), len(list(run))) for version, run in groupby(output.version_T.tolist())),
+        policy_runs=tuple((int(version), len(list(run))) for version, run in groupby(output.turn_version_T.tolist())),
         group=rollout.group,
         domain=str(rollout.metadata.get("domain", "")),
         finish_reason=rollout.finish_reason.name.lower() if rollout.censored is None else "",

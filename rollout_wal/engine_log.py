@@ -172,52 +172,49 @@ class EngineLog:
         for frame in self.log.read():
             state.apply(frame)
         state.finish()
-        live = {k: s for k, s in state.streams.items() if k in self._live}
-        self._clean_above = _CLEAN_FACTOR * 16 * sum(s.length for s in live.values())
+        checkpoint = self._checkpoint({k: s for k, s in state.streams.items() if k in self._live})
+        # What they take, and no guess from the number of tokens: named columns may be most of it.
+        self._clean_above = _CLEAN_FACTOR * sum(len(payload) for _, payload in checkpoint)
         if self.log.retained_bytes() < self._clean_above:
             return 0
-        return self._checkpoint(live)
-
-    def _checkpoint(self, live: Mapping[Key, Stream]) -> int:
         sequence = self.log.writer.rotate()
-        self._append(
-            Checkpoint(
-                {
-                    "live": [[*key, start, slot] for key, (start, slot) in self._live.items()],
-                    "policy": (
-                        [self._policy.version, self._policy.weights_digest, self._policy.source]
-                        if self._policy
-                        else None
-                    ),
-                    "engine": self._engine,
-                }
-            )
-        )
-        for key, stream in live.items():
-            logprob, sampling = stream.logprob_T, stream.sampling_logprob_T
-            self._append(
-                Carry(
-                    *key,
-                    stream.start,
-                    self._live[key][1],
-                    int(stream.finish),
-                    stream.token_T,
-                    # A column that is missing anywhere is carried as missing: never as a number that nobody logged.
-                    logprob.value_T if logprob.valid_T.all() else np.zeros(0, np.float32),
-                    sampling.value_T if sampling.valid_T.all() else np.zeros(0, np.float32),
-                    np.asarray(stream.version_at, np.int64),
-                    np.asarray(stream.versions, np.int64),
-                    {
-                        str(column_id): [
-                            [first, DTYPE_CODE[c.dtype], c.shape[1] if c.ndim == 2 else 1, c.tobytes()]
-                            for first, c in entries
-                        ]
-                        for column_id, entries in stream.named.items()
-                    },
-                )
-            )
+        for kind, payload in checkpoint:
+            self._hand_over(kind, payload)
         self.wait_durable()
         return self.log.drop_before(sequence)
+
+    def _checkpoint(self, live: Mapping[Key, Stream]) -> list[tuple[int, bytes]]:
+        """Type and payload of the records that repeat what is live."""
+        state = {
+            "live": [[*key, start, slot] for key, (start, slot) in self._live.items()],
+            "policy": (
+                [self._policy.version, self._policy.weights_digest, self._policy.source] if self._policy else None
+            ),
+            "engine": self._engine,
+        }
+        records = [Checkpoint(state), *(self._carry(key, stream) for key, stream in live.items())]
+        return [(int(record.TYPE), record.encode()) for record in records]
+
+    def _carry(self, key: Key, stream: Stream) -> Carry:
+        logprob, sampling = stream.logprob_T, stream.sampling_logprob_T
+        return Carry(
+            *key,
+            stream.start,
+            self._live[key][1],
+            int(stream.finish),
+            stream.token_T,
+            # A column that is missing anywhere is carried as missing: never as a number that nobody logged.
+            logprob.value_T if logprob.valid_T.all() else np.zeros(0, np.float32),
+            sampling.value_T if sampling.valid_T.all() else np.zeros(0, np.float32),
+            np.asarray(stream.version_at, np.int64),
+            np.asarray(stream.versions, np.int64),
+            {
+                str(column_id): [
+                    [first, DTYPE_CODE[c.dtype], c.shape[1] if c.ndim == 2 else 1, c.tobytes()] for first, c in entries
+                ]
+                for column_id, entries in stream.named.items()
+            },
+        )
 
     def close(self) -> None:
         self.log.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -46,19 +46,29 @@ def engine_names(job: Path) -> list[str]:
 
 
 def open_engine_log(
-    path: Path, segment_bytes: int, policy: SyncPolicy, *, take_over: bool = False, patience_s: float = _ORPHAN_S
+    path: Path,
+    segment_bytes: int,
+    policy: SyncPolicy,
+    *,
+    take_over: bool = False,
+    patience_s: float = _ORPHAN_S,
+    check_owner: Callable[[], None] = lambda: None,
 ) -> EngineLog:
     """Own an engine log. For the owner of its job alone: whatever else holds it is left over from a dead backend.
 
     Such an engine ends by itself within a step; one that has not when the patience is over hangs, and is fenced.
+
+    Args:
+        check_owner: raises LogFenced if the job has another owner by now; whoever holds the log may be its engine.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
             return EngineLog.open(path, segment_bytes=segment_bytes, policy=policy, take_over=take_over)
         except LogOwned:
-            take_over = time.monotonic() > deadline
             time.sleep(0.01)
+            check_owner()
+            take_over = time.monotonic() > deadline
 
 
 @contextlib.contextmanager

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Final
 
 from .errors import BadSampling, problem
 
 #: The one noise scheme of this version; see `rollout_wal.sampling`. Logged at Begin, never inferred.
 NOISE_SCHEME = "philox4x32-10/gumbel/1"
 
+#: What the fields hold, by their annotations.
+_SCALARS: Final[dict[str, type]] = {"float": float, "int": int, "bool": bool, "str": str}
+_TUPLES: Final[dict[str, type]] = {"tuple[int, ...]": int, "tuple[str, ...]": str}
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of one rollout are drawn.
+    """How the tokens of one rollout are drawn. Numbers may be numpy's: they are kept as Python's, so that parameters
+    that are equal are logged alike.
 
     Args:
         temperature: 0 is greedy. Logits are divided by it before any filter.
@@ -30,7 +36,7 @@ class SamplingParams:
             prompt and output (repetition) or the output only (presence, frequency).
 
     Raises:
-        BadSampling: a value out of range; the message names the field, the value and the range.
+        BadSampling: a value out of range or of another type; the message names the field, the value and the range.
     """
 
     temperature: float = 1.0
@@ -58,6 +64,11 @@ class SamplingParams:
                     )
                 )
 
+        for f in fields(self):
+            try:
+                object.__setattr__(self, f.name, _plain(str(f.type), getattr(self, f.name)))
+            except (TypeError, ValueError, OverflowError):
+                check(f.name, False, f"a value of type {f.type}")
         # `not (x >= 0)` rather than `x < 0`: NaN must fail too.
         check("temperature", 0.0 <= self.temperature < float("inf"), "a finite number >= 0")
         check("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps all)")
@@ -95,8 +106,16 @@ class SamplingParams:
                     remedy=f"Use only {sorted(known)}",
                 )
             )
-        values = dict(raw)
-        for name in ("stop_token_ids", "stop"):
-            if name in values:
-                values[name] = tuple(values[name])
-        return cls(**values)
+        return cls(**raw)
+
+
+def _plain(kind: str, value: Any) -> Any:
+    """A value as Python's own type of this kind, if it is one."""
+    if kind in _SCALARS:
+        plain = _SCALARS[kind](value)
+        if plain != value and not (kind == "float" and math.isnan(plain)):  # "5" is no number, NaN is one
+            raise TypeError
+        return plain
+    if isinstance(value, str):  # a sequence of strings too, and never meant as one
+        raise TypeError
+    return tuple(_plain(_TUPLES[kind].__name__, v) for v in value)

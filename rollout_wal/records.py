@@ -19,7 +19,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import LogCorruptInput, problem
+from .errors import BadInput, LogCorruptInput, problem
 
 
 class RecordType(IntEnum):
@@ -56,14 +56,19 @@ class Record:
     """Array fields and their dtypes on disk."""
 
     def encode(self) -> bytes:
+        """Raises BadInput: a value that `decode` would refuse. Once logged, it would keep the log from being opened."""
         arrays = self.ARRAYS
-        values = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in arrays:
-                value = np.ascontiguousarray(value, dtype=arrays[f.name]).tobytes()
-            values.append(value)
-        packed: bytes = msgpack.packb(values)
+        try:
+            _check_types(self)
+            values = []
+            for f in fields(self):
+                value = getattr(self, f.name)
+                if f.name in arrays:
+                    value = np.ascontiguousarray(value, dtype=arrays[f.name]).tobytes()
+                values.append(value)
+            packed: bytes = msgpack.packb(values)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _unfit(type(self).__name__, error) from error
         return packed
 
     @classmethod
@@ -87,8 +92,6 @@ class Record:
 
 
 _PLAIN: Final = {"int": int, "str": str, "bytes": bytes, "dict[str, Any]": dict}
-
-
 _TYPED: Final[dict[str, list[tuple[str, type]]]] = {}
 
 
@@ -102,8 +105,20 @@ def _typed_fields(record: Record) -> list[tuple[str, type]]:
 def _check_types(record: Record) -> None:
     """A number where a name should be would go unnoticed until something depended on it."""
     for name, kind in _typed_fields(record):
-        if type(getattr(record, name)) is not kind:
-            raise TypeError(f"{name} is {type(getattr(record, name)).__name__} instead of {kind.__name__}")
+        found = type(getattr(record, name))
+        # A member of an enum is packed as the number or the name that it is; True comes back as no number.
+        if found is not kind and (found is bool or not issubclass(found, kind)):
+            raise TypeError(f"{name} is {found.__name__} instead of {kind.__name__}")
+
+
+def _unfit(name: str, error: Exception) -> BadInput:
+    return BadInput(
+        problem(
+            f"a {name} record cannot be logged: {error}",
+            consequence="Nothing was logged",
+            remedy="Pass plain values of the types that are asked for: int(...) for numbers, str(...) for names",
+        )
+    )
 
 
 def corrupt_record(name: str, error: Exception) -> LogCorruptInput:

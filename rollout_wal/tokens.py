@@ -28,6 +28,16 @@ class Tokens:
     version_T: NDArray[np.int64]
     """Policy version; meaningful where sampled_T."""
 
+    @property
+    def turn_version_T(self) -> NDArray[np.int64]:
+        """Policy version of each token's turn: an observed token has that of the sampled one before it, or if there is
+        none of the one after it. For all who judge tokens by their version and do not look at sampled_T."""
+        sampled = np.flatnonzero(self.sampled_T)
+        if not len(sampled):
+            return self.version_T
+        before = np.searchsorted(sampled, np.arange(len(self)), side="right") - 1
+        return self.version_T[sampled[np.maximum(before, 0)]]
+
     def __len__(self) -> int:
         return len(self.token_T)
 

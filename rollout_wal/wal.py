@@ -12,6 +12,7 @@ Every method that changes something appends a record and returns its LSN at once
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -143,13 +144,17 @@ class RolloutWal:
                 `log.recovery`. LogPoisoned: the disk is full or broken.
         """
         path = self.engine_path(name)
-        self.log.fence.check()
+        check_owner = self.log.fence.check
+        check_owner()
         with io_errors_named(path):
-            log = open_engine_log(path, self.segment_bytes, self.policy, take_over=take_over)
+            log = open_engine_log(path, self.segment_bytes, self.policy, take_over=take_over, check_owner=check_owner)
             self._absorb(log)
 
     def _absorb(self, log: EngineLog) -> None:
         try:
+            # Once more, now that the engine log is ours: a new owner claims the job before any engine log. If nobody
+            # has by now, nothing that was read is of rollouts which this process has not heard of, and would forget.
+            self.log.fence.check()
             wanted = self.state.rollouts
             for key, stream in log.state.streams.items():
                 if key[0] in wanted:
@@ -243,7 +248,7 @@ class RolloutWal:
                 rollout,
                 tokens,
                 sampling.to_dict(),
-                seed & 0xFFFFFFFFFFFFFFFF,
+                operator.index(seed) & 0xFFFFFFFFFFFFFFFF,
                 noise,
                 number,
                 index,

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import zstandard
 
+from .directories import sync_directory
 from .errors import LogDamaged, problem
 from .events import BlobRef, digest_of
+from .poison import Poison
 
 #: No blob is ever larger than this once decompressed. A log that claims otherwise is refused unread.
 BLOB_BYTES_MAX = 1 << 32
@@ -29,34 +32,44 @@ class BlobStore:
 
     Args:
         directory: created where `create` is true.
+        poison: of the log that this is a part of.
         level: of zstandard. 1 is near the speed of the disk.
     """
 
-    def __init__(self, directory: Path, *, create: bool, level: int = 1) -> None:
+    def __init__(self, directory: Path, *, create: bool, poison: Poison, level: int = 1) -> None:
         self.directory = directory
+        self._poison = poison
         self._level = level
         self._shards: set[Path] = set()
-        if create and not (directory / "tmp").is_dir():
+        self._syncing: dict[Path, threading.Lock] = {}
+        if create:
             (directory / "tmp").mkdir(parents=True, exist_ok=True)
-            _sync_directory(directory)
-            _sync_directory(directory.parent)
+            sync_directory(directory)  # whoever made it may not have come to that yet
+            sync_directory(directory.parent)
 
     def put(self, data: bytes) -> BlobRef:
         """Store `data`; durable when this returns.
 
         Raises:
-            OSError: the disk refused. Nothing that refers to the blob may be logged.
+            LogPoisoned: the disk refused, now or earlier. Nothing that refers to the blob may be logged.
         """
+        self._poison.check()
         ref = BlobRef(digest=digest_of(data), size=len(data))
-        path = self._path(ref.digest)
+        try:
+            self._put(self._path(ref.digest), data)
+        except OSError as error:
+            raise self._poison.spread(error) from error
+        return ref
+
+    def _put(self, path: Path, data: bytes) -> None:
         if path.parent not in self._shards:
             path.parent.mkdir(exist_ok=True)
-            _sync_directory(self.directory)  # whoever made it may not have come to that yet
+            self._sync(self.directory)  # whoever made it may not have come to that yet
             self._shards.add(path.parent)
         if path.exists():
             # Whoever put it may not have synced the directory yet, and may die before it does.
-            _sync_directory(path.parent)
-            return ref
+            self._sync(path.parent)
+            return
         temporary = self.directory / "tmp" / secrets.token_hex(16)
         try:
             with open(temporary, "xb") as file:
@@ -67,8 +80,17 @@ class BlobStore:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
-        return ref
+        self._sync(path.parent)
+
+    def _sync(self, directory: Path) -> None:
+        """Make the names in a directory durable. One thread at a time: a sync that failed is reported once, and who
+        asked right after it would hear that all is well."""
+        with self._syncing.setdefault(directory, threading.Lock()):
+            self._poison.check()
+            try:
+                sync_directory(directory)
+            except OSError as error:
+                raise self._poison.spread(error) from error
 
     def get(self, ref: BlobRef) -> bytes:
         """The bytes of a blob, checked. Never allocates more than `ref.size` says.
@@ -132,11 +154,3 @@ def _damaged(path: Path, why: str) -> LogDamaged:
             remedy="Restore the file from a copy of the log; the rest of the log is not affected",
         )
     )
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

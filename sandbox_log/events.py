@@ -112,12 +112,12 @@ def canonical(value: Any) -> bytes:
     """`value` as msgpack with the keys of every map sorted: equal values have equal bytes.
 
     Raises:
-        BadCall: a value that msgpack cannot hold exactly, such as an object, an int beyond 64 bits or a
-            string with a lone surrogate.
+        BadCall: a value that msgpack cannot hold exactly, such as an object, an int beyond 64 bits, a string with a
+            lone surrogate or lists within lists without end.
     """
     try:
         packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True, strict_types=True)
-    except (TypeError, ValueError, OverflowError) as error:  # UnicodeEncodeError is a ValueError
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise BadCall(
             problem(
                 f"a value cannot be written to the log: {error}",

@@ -44,7 +44,7 @@ class LiveSandbox:
         history: what the log holds so far; grows as events are added.
         state: how the sandbox has the state of the log; None if nobody said.
         policy: what may be tried for a call in doubt.
-        ready: the sandbox has that state already, or it is no concern of ours.
+        resuming: the log holds calls of an earlier process, whose state the sandbox must be seen to have.
     """
 
     def __init__(
@@ -56,10 +56,11 @@ class LiveSandbox:
         *,
         state: StateChoice | None,
         policy: DoubtPolicy,
-        ready: bool,
+        resuming: bool,
     ) -> None:
         self.sandbox = sandbox
-        self.ready = ready
+        self.resuming = resuming
+        """The sandbox has not been seen to have the state that the log speaks of."""
         self.failure: SandboxError | None = None
         """What ended it for good: the log failed, or another process owns the sandbox now."""
         self._log = log
@@ -68,7 +69,13 @@ class LiveSandbox:
         self._state = state
         self._policy = policy
         self._rebuilt = False
+        """The state was rebuilt, and nothing was dispatched since."""
         self._lost_sessions: set[str] = set()
+
+    @property
+    def ready(self) -> bool:
+        """The sandbox has the state that the log speaks of, as far as anybody could know."""
+        return not self.resuming and self._history.rebuilding is None
 
     async def run(self, call: Call, body: dict[str, Any]) -> Result:
         """Do a new call.
@@ -138,9 +145,14 @@ class LiveSandbox:
         return name
 
     async def append(self, kind: Kind, body: Mapping[str, Any]) -> Event:
-        """Add an event to the log and to the history; it is durable when this returns."""
+        """Add an event to the log and to the history; it is durable when this returns.
+
+        Raises:
+            BadCall: a body that cannot be logged. Nothing was handed to the log, and the next call may go on.
+        """
+        appended = self._writer.append(kind, body)
         try:
-            event = await asyncio.wrap_future(self._writer.append(kind, body))
+            event = await asyncio.wrap_future(appended)
         except SandboxError as error:
             self.failure = error
             raise
@@ -149,6 +161,7 @@ class LiveSandbox:
 
     async def _dispatch(self, step: Step, call: Call, via: str) -> Result:
         exec_id = step.dispatches[-1][0]
+        self._rebuilt = False  # should the answer be lost, the state is no longer one without this call
         self._log.faults(INTENT_DURABLE)
         try:
             self._writer.check()
@@ -171,7 +184,10 @@ class LiveSandbox:
             body = await asyncio.to_thread(outcome_body, *arguments)  # compression and syncs: not on the event loop
         else:
             body = outcome_body(*arguments)
-        await self.append(Kind.OUTCOME, body)
+        try:
+            await self.append(Kind.OUTCOME, body)
+        except BadCall as error:  # the backend's mistake: the call was sound, and nobody may be told that it was not
+            raise in_doubt(self._writer.sandbox_id, step, {"outcome": str(error)}) from error
         self._log.faults(OUTCOME_DURABLE)
         return result
 
@@ -188,7 +204,9 @@ class LiveSandbox:
             reason = await self._rebuild(tried)
         if reason is not None:
             return reason
-        if not self._policy.rerun_idempotent:
+        if not self.ready:
+            tried["rerun"] = "the state was rebuilt in part only"
+        elif not self._policy.rerun_idempotent:
             tried["rerun"] = "the policy forbids it"
         elif not call.idempotent:
             tried["rerun"] = "it is not declared idempotent"
@@ -243,8 +261,9 @@ class LiveSandbox:
         if self._state is StateChoice.REATTACH:
             if info.instance != self._history.instances[-1]:
                 raise self._state_lost(f"the sandbox is {info.instance}, the log's is {self._history.instances[-1]}")
-            self._lost_sessions = self._sessions(len(self._history.steps))
-            await self._log_state("done", 0)
+            if self.resuming:
+                self._lost_sessions = self._sessions(len(self._history.steps))
+            await self._reattach()
         elif self._state is StateChoice.SNAPSHOT:
             await self._restore()
             self._rebuilt = True
@@ -257,7 +276,17 @@ class LiveSandbox:
             self._rebuilt = True
         else:
             raise self._state_lost("nobody said how the sandbox has the state that the log speaks of")
-        self.ready = True
+        self.resuming = False
+
+    async def _reattach(self) -> None:
+        if self._history.rebuilding is None:
+            await self._log_state("done", 0)
+        elif self._history.pending is not None and self._policy.rebuild:
+            # A crash, or another output, cut short what was done for the call in doubt. It may be done again for it.
+            await self._restore()
+            self._rebuilt = True
+        else:
+            raise self._state_lost("a rebuild of its state began and did not come to its end")
 
     async def _restore(self) -> None:
         if not self._history.snapshots:
@@ -265,8 +294,14 @@ class LiveSandbox:
         first, name = self._history.snapshots[-1]
         if sessions := sorted(self._sessions(first)):
             raise self._state_lost(f"the snapshot {name} holds no processes, and the shells {sessions} were open")
+        whole = self._history.rebuilding is None
         await self._log_state("begun", first, name)
-        await self.sandbox.restore(name)
+        try:
+            await self.sandbox.restore(name)
+        except StateLost:  # by its contract the state is as it was before
+            if whole:
+                await self._log_state("refused", first, name)
+            raise
         await self._reexecute(first)
         await self._log_state("done", first, name)
 

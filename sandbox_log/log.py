@@ -18,10 +18,12 @@ from typing import Any
 from .appends import SandboxWriter, TakeOver
 from .blobs import BlobStore
 from .chain import DATABASES, Chains, Summary, id_key
+from .directories import make_directory
 from .environment import Environment
 from .errors import LogDamaged, LogInUse, LogTooNew, SandboxLogError, UnknownSandbox, problem
 from .events import FORMAT, BlobRef, Event, Payload, blob_refs
 from .faults import Faults, no_fault
+from .poison import Poison
 from .writer import GroupCommitter, Job
 
 
@@ -67,7 +69,7 @@ class SandboxLog:
         self._committer: GroupCommitter | None = None
         self._lock_fd = -1
         if not readonly:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
         elif not (self.path / "data.mdb").is_file():
             raise SandboxLogError(
                 problem(
@@ -81,11 +83,12 @@ class SandboxLog:
         )
         try:
             self._chains = Chains(self._environment)
-            self.blobs = BlobStore(self.path / "blobs", create=not readonly)
+            poison = Poison()
+            self.blobs = BlobStore(self.path / "blobs", create=not readonly, poison=poison)
             if not readonly:
                 self._lock_fd = _lock_blobs(self.path, exclusive=False)
                 self._environment.write(self._write_format)
-                self._committer = GroupCommitter(self._environment, faults)
+                self._committer = GroupCommitter(self._environment, faults, poison)
             with self._environment.read() as txn:
                 self._check_format(txn)
         except BaseException:
@@ -133,7 +136,11 @@ class SandboxLog:
         return self.blobs.get(payload) if isinstance(payload, BlobRef) else payload
 
     def store(self, data: bytes) -> Payload:
-        """`data` itself if it is small, else a reference to a blob that is durable when this returns."""
+        """`data` itself if it is small, else a reference to a blob that is durable when this returns.
+
+        Raises:
+            LogPoisoned: the blob cannot be written, and neither can anything else from now on.
+        """
         return data if len(data) <= self.inline_bytes_max else self.blobs.put(data)
 
     def verify(self, sandbox_id: str | None = None) -> Report:

@@ -106,8 +106,9 @@ class LoggedSandbox:
             expected, got = history.header.body[name], getattr(sandbox.info, name)
             if expected != got:
                 raise ReplayMismatch(sandbox_id, 0, name, expected, got)
-        ready = mode is Mode.PROVENANCE or not history.steps
-        live = LiveSandbox(log, writer, sandbox, history, state=state, policy=policy or DoubtPolicy(), ready=ready)
+        resuming = mode is not Mode.PROVENANCE and bool(history.steps)
+        policy = policy or DoubtPolicy()
+        live = LiveSandbox(log, writer, sandbox, history, state=state, policy=policy, resuming=resuming)
         return cls(log, sandbox_id, mode, history, live)
 
     async def exec(
@@ -252,7 +253,7 @@ class LoggedSandbox:
             try:
                 compare(self.sandbox_id, step.intent, body)
             except ReplayMismatch:
-                if not live.ready:  # resuming: the rollout has taken another course
+                if live.resuming:  # the rollout has taken another course
                     raise
                 await live.settle(step)  # another call than the one in doubt; that one first
             else:

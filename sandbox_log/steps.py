@@ -73,6 +73,9 @@ class History:
     """(number of steps before it, name) of each snapshot."""
     instances: list[str] = field(default_factory=list)
     """Every instance of the sandbox that commands were or may have been sent to, in order."""
+    rebuilding: tuple[str | None, str | None] | None = None
+    """(choice, snapshot) of a rebuild of the state that began and has not come to its end: the sandbox is in no state
+    that the events speak of."""
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -117,6 +120,12 @@ class History:
             pending.outcome = event
         elif event.kind is Kind.SNAPSHOT:
             self.snapshots.append((len(self.steps), body["name"]))
+        elif event.kind is Kind.STATE:
+            which = body["choice"], body["snapshot"]
+            if body["phase"] == "begun":
+                self.rebuilding = which
+            elif self.rebuilding == which:  # a sandbox that was only reattached is in no better state than it was
+                self.rebuilding = None
         if "instance" in body and body["instance"] != self.instances[-1]:
             self.instances.append(body["instance"])
 
@@ -155,7 +164,7 @@ def intent_body(call: Call, cause: Cause, salt: bytes) -> dict[str, Any]:
                     remedy=f"Pass {', '.join(_TEXT_ARGUMENTS[call.operation])}",
                 )
             )
-    return {
+    body = {
         "operation": Operation(call.operation).value,
         "arguments": call.arguments,
         "stdin": call.stdin,
@@ -168,6 +177,10 @@ def intent_body(call: Call, cause: Cause, salt: bytes) -> dict[str, Any]:
         "position": cause.position,
         "attempt": cause.attempt,
     }
+    # Here, and not only when it is logged: a resumed rollout makes the call again, and must hear the same before it is
+    # compared with one that is in the log.
+    canonical({name: value for name, value in body.items() if name != "stdin"})
+    return body
 
 
 def compare(sandbox_id: str, logged: Event, body: Mapping[str, Any]) -> None:

@@ -70,7 +70,8 @@ class Tool:
 
     Args:
         name, description, parameters: for the chat template; parameters are a JSON schema of an object.
-        make: turns the model's arguments into a call; KeyError, TypeError and ValueError mean bad arguments.
+        make: turns the model's arguments into a call; KeyError, TypeError, ValueError and OverflowError mean bad
+            arguments.
     """
 
     name: str
@@ -174,7 +175,7 @@ class SandboxTools:
             return ToolResult(f"[there is no tool {call.name!r}; there are {', '.join(self._tools)}]", ok=False)
         try:
             request = tool.make(call.arguments)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:  # float() of a very long integer
             return ToolResult(f"[bad arguments for {call.name}: {error}]", ok=False)
         sandbox = await self._sandbox(rollout_id, attempt, metadata)
         try:

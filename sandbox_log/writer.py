@@ -3,8 +3,7 @@
 Whatever is asked for while a commit is under way is committed together by the next. There is no timer: a lone caller
 waits for one commit, a thousand callers wait for two.
 
-The first error of a write or sync poisons the writer for good. Every waiter gets it, now and later: after a failed
-sync nobody can say what is on the disk, and trying again may report success for pages that were dropped.
+The first error of a write or sync poisons the log for good, see `poison`. Every waiter gets it, now and later.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .environment import Environment
-from .errors import LogPoisoned, SandboxError, problem
+from .errors import SandboxError
 from .faults import Faults
+from .poison import Poison, poisoned
 
 #: A batch is never larger, so that one transaction's pages fit in memory and its waiters wait a bounded time.
 BATCH_JOBS_MAX = 4096
@@ -59,15 +59,16 @@ class GroupCommitter:
     Args:
         environment: where to write; nobody else may write to it in this process.
         faults: called at the labelled points, for tests.
+        poison: ends writing, here and wherever else the log is written.
     """
 
-    def __init__(self, environment: Environment, faults: Faults) -> None:
+    def __init__(self, environment: Environment, faults: Faults, poison: Poison) -> None:
         self._environment = environment
         self._faults = faults
+        self._poison = poison
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._failure: BaseException | None = None
         self.commits = 0
         """Durable commits so far."""
         self._thread = threading.Thread(target=self._run, name="sandbox-log-writer", daemon=True)
@@ -78,10 +79,10 @@ class GroupCommitter:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()  # what is queued is written; nobody can take it back
         with self._lock:
-            if self._failure is not None:
-                future.set_exception(_poisoned(self._failure))
+            if self._poison.failure is not None:
+                future.set_exception(poisoned(self._poison.failure))
             elif self._closed:
-                future.set_exception(_poisoned(RuntimeError("the log was closed")))
+                future.set_exception(poisoned(RuntimeError("the log was closed")))
             else:
                 self._queue.put(_Waiting(job, future))
         return future
@@ -112,9 +113,9 @@ class GroupCommitter:
                 return
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
-        if self._failure is not None:
+        if self._poison.failure is not None:
             for waiting in batch:
-                waiting.future.set_exception(_poisoned(self._failure))
+                waiting.future.set_exception(poisoned(self._poison.failure))
             return
         try:
             answers = self._environment.write(lambda txn: self._apply(txn, batch))
@@ -122,10 +123,9 @@ class GroupCommitter:
             with self._environment.read() as txn:
                 answers = [_confirm(txn, waiting.job, answer) for waiting, answer in zip(batch, answers, strict=True)]
         except BaseException as error:
-            with self._lock:
-                self._failure = error
+            self._poison.spread(error)
             for waiting in batch:
-                waiting.future.set_exception(_poisoned(error))
+                waiting.future.set_exception(poisoned(error))
             return
         for waiting, answer in zip(batch, answers, strict=True):
             if isinstance(answer, SandboxError):
@@ -156,15 +156,3 @@ def _confirm(txn: Any, job: Job, answer: Any) -> Any:
     except SandboxError as error:
         return error
     return answer
-
-
-def _poisoned(cause: BaseException) -> LogPoisoned:
-    error = LogPoisoned(
-        problem(
-            f"the sandbox log cannot be written any more: {cause!r}",
-            consequence="What was acknowledged is safe; this call was not acknowledged, and nothing more is accepted",
-            remedy="Cure the cause (a full disk, a failing device), then open the log in a new process",
-        )
-    )
-    error.__cause__ = cause
-    return error

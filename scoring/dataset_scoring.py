@@ -23,6 +23,7 @@ from rollout_wal.dataset import (
     Dataset,
     DatasetWriter,
     Provenance,
+    extras_from_json,
     open_dataset,
     tokens_crc32c,
 )
@@ -187,7 +188,7 @@ class _Plan:
             if row["censored"] is not None and not spec.censored:
                 report.censored += 1
                 continue
-            extras = json.loads(row["extras"] or "{}")
+            extras = extras_from_json(row["extras"] or "{}")
             routes = recorded(row["teachers"], extras)
             if not routes and spec.router is not None and row["loss_tokens"]:
                 routes = self._decide(key, row, extras, before.get(key))
@@ -262,7 +263,7 @@ class _Plan:
             context = None
             if spec.teacher_prefix is not None:
                 kinds = payload.array("segment_kinds")
-                extras = json.loads(row["extras"] or "{}")
+                extras = extras_from_json(row["extras"] or "{}")
                 seen = Routable(key, row["domain"], row["group"], row["prompt_length"], tokens, kinds, extras)
                 context = spec.teacher_prefix(seen, teacher)
             temperature = spec.temperature

@@ -29,7 +29,9 @@ from ..kv.snapshots import KvConfig
 from ..log.policy import SyncPolicy
 from ..params import SamplingParams
 from ..provenance import check_follows
+from ..records import Policy
 from ..wal import Balance, CohortCount, JobMark, RolloutWal
+from .arguments import rollout_ids, whole
 from .coordinator import Coordinator
 from .finished import FinishedRollout
 from .outlet import Drain, Item, Outlet
@@ -281,9 +283,10 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
 
         Raises:
             UnknownRollout: not in the log, or released before.
-            BadInput: one of them was not delivered; nothing was changed.
+            BadInput: one of them was not delivered, or a number is none; nothing was changed.
         """
-        c, ids = self._running(), list(rollouts)
+        c, ids = self._running(), rollout_ids(rollouts)
+        epoch, step = whole("epoch", epoch), whole("step", step)
         c.call(lambda: c.consume(ids, epoch, step, release))
 
     def release(self, rollouts: Iterable[int]) -> None:
@@ -291,9 +294,9 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
 
         Raises:
             UnknownRollout: not in the log, or released before.
-            BadInput: one of them was not delivered; nothing was changed.
+            BadInput: one of them was not delivered, or a number is none; nothing was changed.
         """
-        c, ids = self._running(), list(rollouts)
+        c, ids = self._running(), rollout_ids(rollouts)
         c.call(lambda: c.release(ids))
 
     def abort(self, rollout: int, *, reason: str = "abort") -> None:
@@ -301,8 +304,9 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
 
         Raises:
             UnknownRollout: not in the log, or released before.
+            BadInput: a reason that is no text; nothing was changed.
         """
-        c = self._running()
+        c, rollout = self._running(), whole("rollout", rollout)
         c.call(lambda: c.abort(rollout, reason))
 
     def update_weights(self, source: str | os.PathLike[str] | Mapping[str, Any], version: int) -> str:
@@ -362,12 +366,17 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         return c.call(lambda: JobMark(c.wal.log.writer.segment.log_id.hex(), c.wal.log.writer.durable_lsn))
 
     @property
-    def policy_version(self) -> int:
-        """The policy version in force."""
+    def policy(self) -> Policy:
+        """The policy in force: its version, the digest of its weights, and where a resume finds them."""
         c = self._running()
         policy = c.call(lambda: c.wal.state.policy)
         assert policy is not None
-        return policy.version
+        return policy
+
+    @property
+    def policy_version(self) -> int:
+        """The policy version in force."""
+        return self.policy.version
 
     def cohorts(self) -> dict[str, CohortCount]:
         """Every cohort of this job by name, those included that are wholly used."""

@@ -20,6 +20,7 @@ from ..errors import BackendError, problem
 from ..job_state import Rollout, Status
 from ..kv.snapshots import KvConfig
 from ..provenance import check_follows
+from ..records import Censor
 from ..wal import RolloutWal
 from .commands import Commands
 from .dispatch import Failed, Observed, stopped
@@ -365,6 +366,7 @@ class Coordinator(threading.Thread):
 
     def abort(self, rollout: int, reason: str) -> None:
         """End a rollout as censored."""
+        Censor(rollout, reason, 0).encode()  # what cannot be logged is refused before its worker is told
         r = self.wal.rollout(rollout)
         if r.status is not Status.IN_FLIGHT or rollout in self._over:
             return

@@ -90,14 +90,14 @@ class Fleet:
             "devices": self._devices.get(worker.name),
         }
         if self._kv is not None:
-            config["kv"] = {
-                "config": self._kv.to_message(),
-                "alive": [r.id for r in self._wal.in_flight()],
-                "last": self._wal.state.next_rollout - 1,
-            }
+            config["kv"] = self._kv.to_message()
         assert self.nursery is not None
         child, sock = self.nursery.fork(config)
         worker.born(child, sock)
+        if self._kv is not None:
+            # Not in the configuration, which is one packet: there may be any number of them.
+            alive = [r.id for r in self._wal.in_flight()]
+            worker.send({"t": "begun", "last": self._wal.state.next_rollout - 1, "alive": alive})
         self._selector.register(sock, selectors.EVENT_READ, worker)
 
     def bury(self, worker: WorkerHandle) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
 
-from ..errors import WorkerFailed, problem
+from ..errors import BackendError, WorkerFailed, problem
 from ..third_party import quiet_imports
 from .wire import Message, receive_with_fds, send_with_fds
 
@@ -78,6 +78,7 @@ class Nursery:
 
         Raises:
             WorkerFailed: the nursery is gone, and so is its successor; their messages are on standard error.
+            BackendError: the configuration is too long, or this process has no descriptor left.
         """
         for again in (True, False):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -87,6 +88,9 @@ class Nursery:
                     reply, fds = receive_with_fds(self._sock)
                 except OSError:
                     reply, fds = None, []
+                except BackendError:  # another try would end the same way
+                    ours.close()
+                    raise
             if reply is not None:
                 return Child(reply["pid"], fds[0]), ours
             ours.close()

@@ -17,7 +17,9 @@ from ..episode import Episodes
 from ..errors import BadInput, problem
 from ..params import SamplingParams
 from ..prompts import check_prompt, cohort_digest, cohort_seed, rollout_seed
+from ..records import Begin
 from ..wal import RolloutWal
+from .arguments import whole
 
 Noise = Literal["position", "attempt"]
 
@@ -43,6 +45,8 @@ class Submission:
         info: EngineInfo | None,
         episodes: Episodes | None,
     ) -> None:
+        group_size = whole("group_size", group_size)
+        seed = None if seed is None else whole("seed", seed)
         self.size = len(prompts) * group_size
         if self.size < 1 or group_size < 1 or (metadata is not None and len(metadata) != len(prompts)):
             raise BadInput(
@@ -68,6 +72,9 @@ class Submission:
         self._seed = seed
         self._noise = noise
         self._turns = episodes.record() if episodes is not None else {}
+        # What no record can hold is found now. Once the cohort is logged it would be too late: its name would stand in
+        # the log with nothing behind it, and the corrected call, which is another one, be refused for good.
+        Begin(0, self._prompts[0], sampling.to_dict(), rollout_seed(seed or 0, 0), noise, turns=self._turns).encode()
         self.digest = cohort_digest(
             self._prompts, sampling, group_size=group_size, seed=seed, noise=noise, turns=self._turns
         )

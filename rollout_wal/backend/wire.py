@@ -17,6 +17,8 @@ from ..errors import BackendError, problem
 _LENGTH: Final = struct.Struct("<I")
 _MAX_MESSAGE: Final = 1 << 30
 _CHUNK: Final = 1 << 20
+_MAX_PACKET: Final = 1 << 16
+"""With open files a message is one packet, which is received whole or not at all."""
 
 Message = dict[str, Any]
 
@@ -89,7 +91,19 @@ class Channel:
             BackendError: a message larger than any of ours.
         """
         messages = self._parse()
-        if not messages and timeout_s != 0.0 and not self.closed:
+        self._read(0.0 if messages else timeout_s)
+        return messages + self._parse()
+
+    def receive_one(self, timeout_s: float | None) -> Message | None:
+        """The next message alone; those behind it stay for `receive`. None: it is not there in time."""
+        if not (messages := self._parse(1)):
+            self._read(timeout_s)
+            messages = self._parse(1)
+        return messages[0] if messages else None
+
+    def _read(self, timeout_s: float | None) -> None:
+        """Take in what has arrived; wait up to `timeout_s` for the first of it."""
+        if timeout_s != 0.0 and not self.closed:
             events = select.POLLIN | (select.POLLOUT if self._out else 0)
             if wait_for(self.sock.fileno(), events, timeout_s) & select.POLLOUT:
                 self.flush()
@@ -104,12 +118,12 @@ class Channel:
                 self.closed = True
                 break
             self._in += data
-        return messages + self._parse()
 
-    def _parse(self) -> list[Message]:
+    def _parse(self, most: int | None = None) -> list[Message]:
+        """The complete messages, or the first few of them."""
         out: list[Message] = []
         at = 0
-        while len(self._in) - at >= _LENGTH.size:
+        while len(out) != most and len(self._in) - at >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._in, at)
             if length > _MAX_MESSAGE:
                 raise BackendError(
@@ -134,20 +148,47 @@ class Channel:
 
 
 def send_with_fds(sock: socket.socket, message: Message, fds: list[int]) -> None:
-    """One message that carries open files, on a blocking SOCK_SEQPACKET socket."""
+    """One message that carries open files, on a blocking SOCK_SEQPACKET socket.
+
+    Raises:
+        BackendError: it is too long; nothing was sent. What may grow belongs into a `Channel`.
+    """
+    body = msgpack.packb(message)
+    if len(body) > _MAX_PACKET:
+        raise BackendError(
+            problem(
+                f"a worker's configuration takes {len(body)} bytes, and at most {_MAX_PACKET} can be handed to it",
+                consequence="The worker was not started",
+                remedy="Give the engine's large options as a file that it reads",
+            )
+        )
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([msgpack.packb(message)], rights)
+    sock.sendmsg([body], rights)
 
 
 def receive_with_fds(sock: socket.socket) -> tuple[Message | None, list[int]]:
-    """(message, open files); None when the peer is gone."""
-    data, ancillary, _, _ = sock.recvmsg(1 << 16, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+    """(message, open files); None when the peer is gone.
+
+    Raises:
+        BackendError: the message, or a file of it, did not arrive whole.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(_MAX_PACKET, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if not data:
+    cut = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+    if cut or not data:
         for fd in fds:
             os.close(fd)
+    if cut:
+        raise BackendError(
+            problem(
+                "a message on an internal socket was cut",
+                consequence="What it asked for is unknown, and was not done",
+                remedy="Raise the limit of open files (ulimit -n), if it is reached; otherwise report this",
+            )
+        )
+    if not data:
         return None, []
     return msgpack.unpackb(data, strict_map_key=False), list(fds)

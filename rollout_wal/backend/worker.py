@@ -23,7 +23,7 @@ import numpy as np
 from .. import errors
 from ..engine_state import EngineState
 from ..engines.base import Engine, EngineInfo, Request
-from ..errors import ArchitectureMismatch, BadInput, RolloutWalError
+from ..errors import ArchitectureMismatch, BackendError, BadInput, RolloutWalError, problem
 from ..kv.snapshots import KvConfig, Resumed, Snapshots, Snapshotted
 from ..log.policy import SyncPolicy
 from ..log.report import Reporter
@@ -76,7 +76,7 @@ class Worker:
         """Rollouts that are over here, and not before `_kv_oldest`."""
         self._kv_oldest = 0
         """No earlier rollout is in flight anywhere: what is over is remembered one by one only from here on."""
-        self._kv = self._open_kv(config["kv"]) if config.get("kv") else None
+        self._kv = self._open_kv(KvConfig(**config["kv"])) if config.get("kv") else None
         self._log.engine(info_message(self._engine.info))
         self._log.policy(
             self._engine.policy_version, self._engine.info.weights_digest, policy["source"] if policy else ""
@@ -98,19 +98,36 @@ class Worker:
             with contextlib.suppress(ArchitectureMismatch):
                 self._engine.load_weights(source, policy["version"])
 
-    def _open_kv(self, raw: Message) -> Snapshots | None:
-        """`raw`: the fields of KvConfig; which rollouts could be resumed when this worker was started; the last id."""
-        begun, resumable = raw["last"], set(raw["alive"])
+    def _open_kv(self, config: KvConfig) -> Snapshots | None:
+        told = self._told_begun()
+        begun, resumable = told["last"], set(told["alive"])
 
         def alive(rollout: int) -> bool:
             if rollout < self._kv_oldest or rollout in self._kv_over:
                 return False
             return rollout > begun or rollout in resumable
 
-        kv = Snapshots.open(KvConfig(**raw["config"]), self._engine, alive)
+        kv = Snapshots.open(config, self._engine, alive)
         if kv is not None:
             kv.collect()
         return kv
+
+    def _told_begun(self) -> Message:
+        """Which rollouts could be resumed when this worker was started, and the last id: the backend's first message.
+
+        Raises:
+            BackendError: the backend is gone.
+        """
+        while (told := self._channel.receive_one(_IDLE_S)) is None:
+            if self._channel.closed or wait_for(self._backend, select.POLLIN, 0.0):
+                raise BackendError(
+                    problem(
+                        "the backend ended while this worker started",
+                        consequence="The worker ends; nothing was sampled",
+                        remedy="Start the backend again",
+                    )
+                )
+        return told
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))

@@ -123,7 +123,7 @@ def _live(view: JobView, rollout: Rollout, path: Path) -> dict[str, Any]:
         "key": f"{view.job.cohorts[rollout.begin.cohort].record.name}/{rollout.begin.index}",
         "rollout": rollout.id,
         "group": rollout.begin.group,
-        "versions": [(int(v), len(list(run))) for v, run in groupby(tokens.version_T.tolist())],
+        "versions": [(int(v), len(list(run))) for v, run in groupby(tokens.turn_version_T.tolist())],
         "interruptions": rollout.interruptions,
         "prompt_tokens": known["prompt_tokens"],
         "tokens": known["tokens"],

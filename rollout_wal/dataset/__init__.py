@@ -1,5 +1,6 @@
 """Finished rollouts as Arrow files: light metadata to plan with, heavy per-token payload to train on."""
 
+from .extras import extras_from_json, extras_to_json
 from .freshness import Freshness, fresh_tokens, token_versions
 from .loader import LoadedSample, Loader, MiniBatch
 from .plan import Plan
@@ -28,6 +29,8 @@ __all__ = [
     "Provenance",
     "Sample",
     "SegmentKind",
+    "extras_from_json",
+    "extras_to_json",
     "fresh_tokens",
     "loss_mask",
     "open_dataset",

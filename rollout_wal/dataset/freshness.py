@@ -28,7 +28,8 @@ class Freshness:
         current_version: the policy version that is about to be trained.
         max_lag: versions below `current_version - max_lag` are stale.
         by: "start" keeps a rollout if the version of its first response token is fresh; "tokens" if at least
-            `min_fresh_share` of its response tokens are. With "tokens", mask the stale rest: `fresh_tokens`.
+            `min_fresh_share` of its response tokens are, what tools returned counted with the turn that it answers.
+            With "tokens", mask the stale rest: `fresh_tokens`.
         min_fresh_share: in (0, 1]; only with "tokens".
     """
 

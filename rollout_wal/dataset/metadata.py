@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
+from .errors import DatasetMismatch, problem
+from .extras import extras_to_json
 from .payload import Location
 from .sample import ColumnGroup, Sample
 from .schema import INDEX_SCHEMA, METADATA_SCHEMA
@@ -59,7 +59,11 @@ def metadata_table(
     file: str,
     locations: Sequence[Location],
 ) -> Any:
-    """One row per sample, in their order."""
+    """One row per sample, in their order.
+
+    Raises:
+        DatasetMismatch: extras or sampling parameters that are no plain types.
+    """
     versions = [[v for v, _ in s.policy_runs] for s in samples]
     columns: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in _COPIED}
     columns |= {
@@ -70,8 +74,8 @@ def metadata_table(
         "policy_version_max": [max(v, default=None) for v in versions],
         "policy_versions": versions,
         "policy_version_tokens": [[n for _, n in s.policy_runs] for s in samples],
-        "sampling": [_json(s.sampling) for s in samples],
-        "extras": [_json(s.extras) for s in samples],
+        "sampling": [_json(s, "sampling") for s in samples],
+        "extras": [_json(s, "extras") for s in samples],
         "sealed_at": [datetime.now(UTC)] * len(samples),
         "tokens_crc32c": list(checksums),
     }
@@ -101,12 +105,14 @@ def index_table(
     return pa.table([columns[f.name] for f in INDEX_SCHEMA], schema=INDEX_SCHEMA)
 
 
-def _json(values: Any) -> str:
-    return json.dumps(dict(values), sort_keys=True, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """numpy's scalars are plain numbers to everybody but json."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not a plain type")
+def _json(sample: Sample, name: str) -> str:
+    try:
+        return extras_to_json(getattr(sample, name))
+    except (TypeError, ValueError) as error:
+        raise DatasetMismatch(
+            problem(
+                f"sample {sample.key!r}: its {name} cannot be kept as JSON: {error}",
+                consequence="Nothing of this call was written",
+                remedy="Use strings, bytes, numbers, booleans, None, and lists and mappings of them",
+            )
+        ) from error

@@ -152,11 +152,13 @@ class NodeReader:
                     remedy="Number the ranks of a node apart, and give each job a loader name of its own",
                 )
             )
-        rank.sent = rank.taken = int(message["start_step"])
-        rank.local_rank = int(message["local_rank"])
-        self._last_join = time.monotonic()
+        start, local_rank = int(message["start_step"]), int(message["local_rank"])
         welcome = {"kind": "welcome", "pid": os.getpid(), "steps": self._memory.steps, "schemas": self._memory.schemas}
-        send(rank.sock, welcome, self._memory.fd_for_ranks)
+        if not self._tell(rank, welcome, self._memory.fd_for_ranks):
+            return  # gone before it had joined: the others are served all the same
+        rank.sent = rank.taken = start
+        rank.local_rank = local_rank
+        self._last_join = time.monotonic()
 
     # --- ranks that go ---
 
@@ -184,9 +186,9 @@ class NodeReader:
         if rank.sock in self._ranks:
             self._drop(rank)
 
-    def _tell(self, rank: _Rank, message: dict[str, Any]) -> bool:
+    def _tell(self, rank: _Rank, message: dict[str, Any], fd: int | None = None) -> bool:
         try:
-            send(rank.sock, message)
+            send(rank.sock, message, fd)
         except OSError:
             return False  # it is gone: its socket says so at the next look
         return True

@@ -160,18 +160,14 @@ class Dataset:
 
     def keys_with(self, group: str) -> set[str]:
         """The keys of the samples that have a column group other than `tokens`."""
-        entries = [g.index for g in self.state.group_files if g.group == group]
-        return {
-            key for e in entries for key in read_table(self.folder, e, INDEX_SCHEMA, ["sample"])["sample"].to_pylist()
-        }
+        return set(self._index(group, ["sample"])["sample"].to_pylist())
 
     def provenance(self, group: str) -> Any:
         """Who made a column group: an Arrow table with `sample`, `source`, `checkpoint`, `tokenizer_digest`,
         `chat_template_digest`, `precision`. A sample that was scored again is there again, the last time last."""
         self._check_group(group)
-        entries = [g.index for g in self.state.group_files if g.group == group]
         columns = ["sample", "source", "checkpoint", "tokenizer_digest", "chat_template_digest", "precision"]
-        return pa.concat_tables([read_table(self.folder, e, INDEX_SCHEMA, columns) for e in entries])
+        return self._index(group, columns)
 
     def places(self, keys: Iterable[str]) -> list[tuple[str, int, str]]:
         """Where live samples are in their metadata files: (fragment id, row in the file, key). Others are left out."""
@@ -229,9 +225,7 @@ class Dataset:
             table = self.metadata(names)
             rows = np.arange(table.num_rows)
         else:
-            entries = [g.index for g in self.state.group_files if g.group == group]
-            tables = [read_table(self.folder, e, INDEX_SCHEMA, ["sample", *names]) for e in entries]
-            table = pa.concat_tables(tables)
+            table = self._index(group, ["sample", *names])
             # The last one wins: scores that were computed again replace the earlier ones.
             found = pc.index_in(table["sample"], value_set=self.metadata(["sample"])["sample"])
             rows = found.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
@@ -246,6 +240,12 @@ class Dataset:
             values[rows[keep]] = source[keep]
             out[name.removeprefix("payload_")] = values
         return out
+
+    def _index(self, group: str, columns: list[str]) -> Any:
+        """Columns of all index files of a group. No row if retention has removed every one of them."""
+        entries = [g.index for g in self.state.group_files if g.group == group]
+        tables = [read_table(self.folder, e, INDEX_SCHEMA, columns) for e in entries]
+        return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table().select(columns)
 
     def tombstoned_rows(self) -> dict[str, set[int]]:
         """The rows of each fragment's metadata file that no longer count."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DatasetError, problem
-from .manifest import MANIFEST_FOLDER, Change
+from .manifest import MANIFEST_FOLDER, Change, Manifest
 from .new_files import INDEX_FOLDER, METADATA_FOLDER, PAYLOAD_FOLDER, TOMBSTONE_FOLDER, NewFiles
 from .reader import Dataset, read_table
 from .schema import INDEX_SCHEMA
@@ -111,7 +111,8 @@ def retain(writer: DatasetWriter, rule: Retention) -> CommitInfo:
 def vacuum(dataset: Dataset, *, grace_s: float = GRACE_S, dry_run: bool = False) -> dict[str, int]:
     """Delete files that the newest version does not need: what writers that died left behind, and retired payload.
 
-    Readers of older versions lose their payload by this.
+    The newest at this moment: the dataset that is passed may have been opened long ago. Readers of older versions lose
+    their payload by this.
 
     Args:
         grace_s: files younger than this stay: a commit may be on its way to naming them.
@@ -120,16 +121,19 @@ def vacuum(dataset: Dataset, *, grace_s: float = GRACE_S, dry_run: bool = False)
     Returns:
         Size in bytes of each file that was, or would be, deleted, by path relative to the dataset.
     """
-    needed = {entry.path for entry in dataset.state.files()}
+    manifest = dataset.folder / MANIFEST_FOLDER
+    folders = [dataset.folder / name for name in (METADATA_FOLDER, PAYLOAD_FOLDER, INDEX_FOLDER, TOMBSTONE_FOLDER)]
+    found = [path for folder in (*folders, manifest) for path in sorted(folder.rglob("*"))]
+    # In this order: a file that was found above and is committed later than this is younger than the grace time.
+    needed = {entry.path for entry in Manifest(dataset.folder).load().files()}
     oldest = time.time() - grace_s
     out: dict[str, int] = {}
-    for folder in (METADATA_FOLDER, PAYLOAD_FOLDER, INDEX_FOLDER, TOMBSTONE_FOLDER, MANIFEST_FOLDER):
-        for path in sorted((dataset.folder / folder).rglob("*")):
-            relative = path.relative_to(dataset.folder).as_posix()
-            is_manifest = folder == MANIFEST_FOLDER and path.suffix == ".json"
-            if relative in needed or is_manifest or not path.is_file() or path.stat().st_mtime > oldest:
-                continue
-            out[relative] = path.stat().st_size
-            if not dry_run:
-                path.unlink()
+    for path in found:
+        relative = path.relative_to(dataset.folder).as_posix()
+        is_manifest = path.parent == manifest and path.suffix == ".json"
+        if relative in needed or is_manifest or not path.is_file() or path.stat().st_mtime > oldest:
+            continue
+        out[relative] = path.stat().st_size
+        if not dry_run:
+            path.unlink()
     return out

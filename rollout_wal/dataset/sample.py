@@ -75,8 +75,9 @@ class Sample:
         loss_mask: bool [T]; None derives it from the segment kinds. May switch sampled tokens off, never others on.
         logprobs: float32 [T], of each token under the model's own distribution; masked where nothing was sampled.
         sampling_logprobs: float32 [T], under the distribution it was drawn from; likewise.
-        policy_runs: (policy version, tokens) in order over the response tokens, observed ones included; the
-            token counts add up to the response length.
+        policy_runs: (policy version, tokens) in order over the response tokens; the token counts add up to the response
+            length. Observed tokens are in the run of the sampled ones before them: no policy made them, and a version
+            of their own would make a rollout look older, or newer, than it is.
         groups: further columns by group name, such as "teacher.math", "hidden.math", "returns".
         group: the rollouts of one prompt that are compared with each other.
         reward: of the whole rollout; None where there is none yet.
@@ -84,7 +85,7 @@ class Sample:
         censored: why a rollout that did not end is delivered all the same; None for one that did.
         interruptions: how many times it was resumed.
         sampling: sampling parameters, plain types.
-        extras: free-form, plain types; kept as JSON.
+        extras: free-form, plain types; kept as JSON, see `extras`.
         The remaining fields say which code, weights and configuration made it.
     """
 

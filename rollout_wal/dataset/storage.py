@@ -70,6 +70,10 @@ class FileSink:
 class Storage:
     """The system calls by which a dataset changes. Tests replace single ones to fail or to kill the process."""
 
+    def __init__(self) -> None:
+        self._durable: set[Path] = set()
+        """Directories whose names are durable."""
+
     def write(self, fd: int, data: memoryview) -> int:
         return os.write(fd, data)
 
@@ -93,11 +97,19 @@ class Storage:
             os.close(fd)
 
     def make_directory(self, path: Path) -> None:
-        """Create it and its parents; durable, so that what is synced into it later cannot lose its way."""
-        missing = [p for p in (path, *path.parents) if not p.exists()]
+        """Create it and its parents; durable, so that what is synced into it later cannot lose its way.
+
+        What is there already may have been made by a process that died before it had synced the parent. So that is done
+        here, once, except for names that this process could not have made, and those of mounted file systems.
+        """
+        path = path.absolute()
+        missing = {p for p in (path, *path.parents) if not p.exists()}
         path.mkdir(parents=True, exist_ok=True)
-        for made in missing:
-            self.fsync_directory(made.parent)
+        for made in (path, *path.parents):
+            ours = not os.path.ismount(made) and os.access(made.parent, os.W_OK)
+            if made in missing or (ours and made not in self._durable):
+                self.fsync_directory(made.parent)
+                self._durable.add(made)
 
     @contextmanager
     def new_file(self, path: Path) -> Iterator[FileSink]:

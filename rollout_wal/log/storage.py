@@ -11,7 +11,7 @@ Everything above this file is tested against a simulated disk that keeps these p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -110,7 +110,7 @@ class OsFile:
 
 
 class OsStorage:
-    """A directory of the operating system. Creates it, durably, with its missing parents."""
+    """A directory of the operating system. Opened for writing it is made, with its parents, and durably there."""
 
     def __init__(self, path: str | Path, *, create: bool = True) -> None:
         self.path = Path(path)
@@ -156,13 +156,23 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def make_dirs_durable(path: Path) -> None:
-    """mkdir -p, with every new name synced: a log in a directory that a crash can lose is no log."""
-    missing = []
-    at = path
-    while not at.exists():
-        missing.append(at)
-        at = at.parent
-    for directory in reversed(missing):
+def make_dirs_durable(path: Path, sync: Callable[[Path], None] = sync_directory) -> None:
+    """mkdir -p, with every name on the way synced: a log in a directory that a crash can lose is no log.
+
+    Also the names that were there already: whoever made them may have died before it had synced them, and a name that
+    can be seen can still be lost with the machine. Up to the mount point, which no mkdir has made.
+
+    Args:
+        sync: makes the names in a directory durable.
+    """
+    at = Path(os.path.realpath(path))  # the names on the way to a link's target are those that matter
+    for directory in reversed([p for p in (at, *at.parents) if not p.exists()]):
         directory.mkdir(exist_ok=True)
-        sync_directory(directory.parent)
+    while not os.path.ismount(at):
+        try:
+            sync(at.parent)
+        except PermissionError:
+            # Who may not write there has made no name in it. Who may write and not read can only sync everything.
+            if os.access(at.parent, os.W_OK):
+                os.sync()
+        at = at.parent

@@ -264,7 +264,7 @@ def fill(sample: Any, rollout: FinishedRollout, tokenizer: Any) -> Any:
         METADATA: {
             "rollout": rollout.id,
             "key": rollout.key,
-            "policy_versions": output.version_T.tolist(),
+            "policy_versions": output.turn_version_T.tolist(),
             "interruptions": rollout.interruptions,
             "censored": rollout.censored,
         }

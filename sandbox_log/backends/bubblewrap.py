@@ -103,6 +103,7 @@ class BubblewrapSandbox(MachineSandbox):
 
     async def restore(self, snapshot: str) -> None:
         """Bring the workspace back; open shell sessions end, for they would look at what is no more."""
+        await asyncio.to_thread(self._workspace.check, snapshot)
         await self._close_sessions()
         await asyncio.to_thread(self._workspace.restore, snapshot)
         if self._watch is not None:

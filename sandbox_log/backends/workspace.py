@@ -59,11 +59,11 @@ class Workspace:
         half.rename(final)
         return name
 
-    def restore(self, name: str) -> None:
-        """Bring it back to a snapshot. Nothing may be using it.
+    def check(self, name: str) -> None:
+        """See that there is such a snapshot. The workspace may be in use.
 
         Raises:
-            StateLost: there is no such snapshot, or it is not what was saved. The workspace is as it was.
+            StateLost: there is none, or it is not what was saved.
         """
         saved = self._directory / "snapshots" / name
         try:
@@ -78,10 +78,13 @@ class Workspace:
                     remedy="Re-execute the logged commands in a new sandbox instead",
                 )
             )
+
+    def restore(self, name: str) -> None:
+        """Bring it back to a snapshot that `check` found. Nothing may be using it."""
         target = self._upper if self._is_overlay else self.path
         fresh = self._directory / "restored"
         remove_tree(fresh)
-        _copy(saved / "tree", fresh)
+        _copy(self._directory / "snapshots" / name / "tree", fresh)
         self.unmount()
         remove_tree(target)
         fresh.rename(target)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rollout_wal.dataset import Dataset, open_dataset
+from rollout_wal.dataset import Dataset, extras_from_json, open_dataset
 
 from ..items import Wanted
 from ..routing import Route, recorded
@@ -26,7 +25,7 @@ def known(folder: Path, keys: set[str], wanted: Wanted) -> dict[str, tuple[tuple
     for row in dataset.metadata(["sample", "teachers", "extras"]).to_pylist():
         if row["sample"] not in keys:
             continue
-        routes = recorded(row["teachers"], json.loads(row["extras"] or "{}"))
+        routes = recorded(row["teachers"], extras_from_json(row["extras"] or "{}"))
         for route in routes:
             if route.teacher not in scored:
                 scored[route.teacher] = _scored_under(dataset, route.teacher, wanted)

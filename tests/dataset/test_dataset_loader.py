@@ -22,6 +22,9 @@ from rollout_wal.dataset import DatasetWriter, PlanSpec, Sample, open_dataset, p
 from rollout_wal.dataset.arena import Arena
 from rollout_wal.dataset.errors import LoaderError
 from rollout_wal.dataset.loader import Loader
+from rollout_wal.dataset.node_reader import NodeReader
+from rollout_wal.dataset.reader_config import ReaderConfig
+from rollout_wal.dataset.wire import PROTOCOL, connect, listen, send
 
 RANKS = 2
 
@@ -242,6 +245,44 @@ def test_a_rank_that_is_killed_holds_nothing(sealed: tuple[Path, Path, Any], nam
         else:
             # More steps than fit into memory at once, so what the dead rank held is used again.
             assert sum(1 for _ in source) == source.steps - 1
+
+
+def test_a_rank_that_goes_away_in_the_handshake_takes_nobody_along(sealed: tuple[Path, Path, Any], name: str) -> None:
+    folder, path, samples = sealed
+    config = ReaderConfig(
+        name=name,
+        dataset=str(folder.resolve()),
+        plan=str(path.resolve()),
+        groups=("tokens", "teacher.math"),
+        need_all=True,
+        local_ranks=RANKS,
+        data_ranks=(0, 1),
+        memory_bytes_max=1 << 30,
+        prefetch_max=8,
+        processes=1,
+        stop_on_rank_death=True,
+        start_timeout_s=5.0,
+    )
+    listener, gone = listen(name), connect(name)
+    assert listener is not None
+    assert gone is not None
+    hello = {"kind": "hello", "protocol": PROTOCOL, "config": config.pack(), "local_rank": 1, "start_step": 0}
+    send(gone, hello)
+    gone.close()  # killed, or tired of waiting, before the reader looked
+    seen: list[str] = []
+
+    def work(rank: int) -> None:
+        if rank == RANKS:
+            NodeReader(config, listener).run()
+            return
+        values = {"reader_processes": 1, "on_rank_death": "stop", "start_timeout_s": 5.0}
+        with loader(sealed, name, rank, **values) as source:
+            for batch in source:
+                seen.extend(sample.tokens.key for sample in batch.samples)
+
+    assert in_threads(work, RANKS + 1) == []
+    listener.close()
+    assert sorted(seen) == sorted(s.key for s in samples)
 
 
 def test_a_reader_that_is_killed_is_a_clear_error(sealed: tuple[Path, Path, Any], name: str) -> None:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from rollout_wal.dataset import ColumnGroup, DatasetWriter, Masked, Provenance, Sample, open_dataset, tokens_crc32c
 from rollout_wal.dataset.command import dataset as command
 from rollout_wal.dataset.errors import DatasetDamaged, DatasetError, DatasetMismatch, DatasetTooNew
+from rollout_wal.dataset.layout import StepLayouts
 from rollout_wal.dataset.manifest import MANIFEST_FOLDER
 from rollout_wal.dataset.merge import merge
 from rollout_wal.dataset.retention import Retention, retain, vacuum
@@ -249,6 +250,25 @@ def test_retention_frees_the_disk_and_forgets_nobody(tmp_path: Path, make_sample
     assert keys(tmp_path) == []
 
 
+def test_a_column_group_of_which_nothing_stays_is_one_that_nobody_has(tmp_path: Path, make_sample: MakeSample) -> None:
+    writer = DatasetWriter(tmp_path, writer_id="w")
+    writer.seal([make_sample(0, teacher="math", policy_runs=((1, 11),))])
+    writer.seal([make_sample(1, policy_runs=((9, 11),))])
+    retain(writer, Retention(start_version_min=5))
+    dataset = open_dataset(tmp_path)
+    assert dataset.groups == ("tokens", "teacher.math"), "its columns are fixed for good"
+    assert dataset.files("teacher.math") == []
+    assert dataset.keys_with("teacher.math") == set()
+    assert dataset.provenance("teacher.math").num_rows == 0
+    assert dataset.locations("teacher.math")["file"].tolist() == [-1]
+    assert dataset.payload("job/1", "teacher.math") is None
+    rows = {name: np.zeros(1, np.int64) for name in ("row", "rank", "bin", "start", "length")}
+    layout = StepLayouts(dataset, ["tokens", "teacher.math"], need_all=False).of(rows)
+    assert [len(blocks.cost_N) for blocks in layout.groups] == [1, 0]
+    with pytest.raises(DatasetError, match=r"'job/1' has no column group 'teacher.math'"):
+        StepLayouts(dataset, ["teacher.math"]).of(rows)
+
+
 def test_vacuum_removes_what_a_dead_writer_left(tmp_path: Path, make_sample: MakeSample) -> None:
     def die() -> None:
         raise KeyboardInterrupt
@@ -260,6 +280,20 @@ def test_vacuum_removes_what_a_dead_writer_left(tmp_path: Path, make_sample: Mak
     os.utime(left, (0, 0))
     assert vacuum(open_dataset(tmp_path), grace_s=3600) == {"payload/tokens/dead-0.arrow.tmp": 11}
     assert keys(tmp_path) == ["job/0"]
+
+
+def test_vacuum_goes_by_the_newest_version_whatever_it_is_given(tmp_path: Path, make_sample: MakeSample) -> None:
+    writer = DatasetWriter(tmp_path, writer_id="w")
+    writer.seal([make_sample(0, teacher="math")])
+    held = open_dataset(tmp_path)
+    writer.seal([make_sample(1, teacher="math")])
+    left = tmp_path / "payload" / "tokens" / "dead-0.arrow"
+    left.write_bytes(b"half a file")
+    for path in tmp_path.rglob("*.arrow"):
+        os.utime(path, (0, 0))
+    assert vacuum(held) == {"payload/tokens/dead-0.arrow": 11}
+    assert keys(tmp_path) == ["job/0", "job/1"]
+    assert verify(open_dataset(tmp_path)) == []
 
 
 def damage_nothing(folder: Path) -> None:

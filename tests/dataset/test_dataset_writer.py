@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rollout_wal.dataset import DatasetWriter, Masked, Sample, open_dataset
+from rollout_wal.dataset import DatasetWriter, Masked, Sample, extras_from_json, extras_to_json, open_dataset
 from rollout_wal.dataset.errors import DatasetMismatch, DatasetPoisoned
 from rollout_wal.dataset.storage import Storage
 
@@ -162,6 +167,7 @@ class CountingStorage(Storage):
     """Counts the system calls that matter and does `at` in place of the given one."""
 
     def __init__(self, at: int, act: Callable[[], None]) -> None:
+        super().__init__()
         self.calls = 0
         self.at = at
         self.act = act
@@ -243,6 +249,56 @@ def test_an_io_error_poisons_the_writer(tmp_path: Path, make_sample: MakeSample)
     with pytest.raises(DatasetPoisoned, match="No space left"):
         writer.seal(samples)
     assert storage.calls == calls, "a poisoned writer touched the disk again"
+
+
+def test_a_folder_that_a_dead_process_made_is_made_durable(tmp_path: Path, make_sample: MakeSample) -> None:
+    class Noting(Storage):
+        def fsync_directory(self, path: Path) -> None:
+            synced.append(path)
+            super().fsync_directory(path)
+
+    synced: list[Path] = []
+    folder = tmp_path / "job" / "data"
+    for name in ("manifest", "metadata", "payload/tokens"):
+        (folder / name).mkdir(parents=True)  # and was killed before any sync
+    writer = DatasetWriter(folder, writer_id="w", storage=Noting())
+    writer.seal([make_sample(0)])
+    assert {tmp_path, tmp_path / "job", folder, folder / "payload"} <= set(synced)
+    assert synced.count(tmp_path / "job") == 1, "once is enough"
+    shutil.rmtree(folder / "payload")
+    writer.seal([make_sample(1)])
+    assert synced.count(folder / "payload") == 2, "but what is made anew is synced anew"
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.none() | st.integers() | st.text() | st.binary() | st.text("!1ab"), inner, max_size=3)
+        ),
+        max_leaves=12,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_extras_read_back_as_what_they_were(value: Any) -> None:
+    values = {"domain": "math", "!bytes": value, 3: value, "3": value}
+    text = extras_to_json(values)
+    assert extras_from_json(text) == values
+    assert json.loads(text)["domain"] == "math", "who knows only JSON reads the rest"
+
+
+def test_extras_that_are_more_than_json_do_not_stop_a_batch(tmp_path: Path, make_sample: MakeSample) -> None:
+    extras = {"pair": [1, 2], 3: b"\x00x", "deep": {None: [True, {b"k": np.float32(0.5)}]}}
+    writer = DatasetWriter(tmp_path, writer_id="w")
+    assert writer.seal([make_sample(0), make_sample(1, extras=extras)]).added == ("job/0", "job/1")
+    rows = open_dataset(tmp_path).metadata(["extras"])["extras"].to_pylist()
+    assert [extras_from_json(row) for row in rows] == [{"number": 0}, extras]
+    assert json.loads(rows[0]) == {"number": 0}
+    for odd in (object(), {1, 2}, {(1, 2): 3}, np.arange(3)):
+        with pytest.raises(DatasetMismatch, match="sample 'job/3': its extras cannot be kept as JSON"):
+            writer.seal([make_sample(2), make_sample(3, extras={"odd": odd})])
+    assert open_dataset(tmp_path).num_samples == 2
 
 
 def test_no_torch_is_imported(tmp_path: Path) -> None:

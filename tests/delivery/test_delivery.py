@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from rollout_wal.backend import RolloutBackend
-from rollout_wal.dataset import Masked, SegmentKind, open_dataset
+from rollout_wal.backend.finished import FinishedRollout
+from rollout_wal.dataset import DatasetWriter, Freshness, Masked, SegmentKind, extras_from_json, open_dataset
 from rollout_wal.delivery import seal, to_sample
+from rollout_wal.engines.base import EngineInfo, FinishReason
 from rollout_wal.params import SamplingParams
+from rollout_wal.stream import Stream
 from rollout_wal.testing.tiny_models import make_tiny_model
+from rollout_wal.tokens import Tokens
 
 SAMPLING = SamplingParams(max_tokens=60)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -82,3 +86,57 @@ def test_a_sample_says_what_the_rollout_said(model: Path, tmp_path: Path) -> Non
     assert sample.logprobs.valid.tolist() == [False] * 3 + [True] * len(rollout.tokens)
     np.testing.assert_array_equal(sample.logprobs.values[3:], rollout.output.logprob.value_T)
     assert sum(n for _, n in sample.policy_runs) == len(rollout.tokens)
+
+
+def _finished(parts: list[tuple[int, int | None]], **metadata: object) -> FinishedRollout:
+    """Of parts (tokens, version), where None stands for what was observed."""
+    tokens = []
+    for count, version in parts:
+        if version is None:
+            tokens.append(Tokens.observed(np.arange(count, dtype=np.int32)))
+        else:
+            stream = Stream(1, 1, 0)
+            stream.extend(np.arange(count, dtype=np.uint32), np.zeros(count, np.float32), None, version)
+            tokens.append(Tokens.of_stream(stream))
+    return FinishedRollout(
+        id=1,
+        key="c/0",
+        cohort="c",
+        index=0,
+        group="c/0",
+        prompt=np.array([1, 2], np.int32),
+        output=Tokens.concat(tokens),
+        finish_reason=FinishReason.EOS,
+        censored=None,
+        seed=3,
+        interruptions=0,
+        metadata=metadata,
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "runs"),
+    [
+        ([(10, 120), (30, None), (5, 120)], ((120, 45),)),
+        ([(10, 119), (30, None), (5, 120), (2, None)], ((119, 40), (120, 7))),
+        ([(3, None), (4, 7)], ((7, 7),)),
+        ([(4, 0), (4, None), (1, 3)], ((0, 8), (3, 1))),
+        ([], ()),
+    ],
+)
+def test_what_a_tool_printed_has_the_version_of_its_turn(
+    parts: list[tuple[int, int | None]], runs: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    info = EngineInfo(*["x"] * 6, vocab_size=100, max_context=100, eos_token_ids=(2,))
+    sample = to_sample(_finished(parts, image=b"\0", steps={3: "three"}), info, SAMPLING)
+    assert sample.policy_runs == runs
+    DatasetWriter(tmp_path, writer_id="w").seal([sample])
+    table = open_dataset(tmp_path).metadata()
+    versions = [version for version, _ in runs]
+    (row,) = table.to_pylist()
+    assert row["policy_version_min"] == min(versions, default=None)
+    newest = max(versions, default=0)
+    for by in ("start", "tokens"):
+        fresh = Freshness(current_version=newest, max_lag=newest - min(versions, default=0), by=by, min_fresh_share=1.0)
+        assert fresh.keep(table).all(), "however much the tools printed"
+    assert extras_from_json(row["extras"]) == {"image": b"\0", "steps": {3: "three"}}

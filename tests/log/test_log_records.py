@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import msgpack
 import numpy as np
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout_wal import records
-from rollout_wal.errors import LogCorruptInput
+from rollout_wal.engines.base import FinishReason
+from rollout_wal.errors import BadInput, LogCorruptInput
 from rollout_wal.records import Begin, Carry, Finish, Record, RecordType
 
 CLASSES = [
@@ -73,6 +74,31 @@ def test_no_input_breaks_a_decoder(cls: type[Record]) -> None:
             assert all(type(getattr(record, f.name)) is kind for f in fields(cls) if str(f.type) == name)
 
     check()
+
+
+WRONG = {
+    "int": [1.0, True, None, "1", np.int64(1), 1 << 64],
+    "str": [None, 1, b"x", "\ud800"],
+    "bytes": [None, "x", 1],
+    "dict[str, Any]": [None, [], {"a": object()}],
+}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_what_could_not_be_read_back_is_not_encoded(cls: type[Record]) -> None:
+    @settings(max_examples=5, deadline=None)
+    @given(instances(cls))
+    def check(record: Record) -> None:
+        for f in fields(cls):
+            for wrong in WRONG.get(str(f.type), ()):
+                with pytest.raises(BadInput, match=cls.__name__):
+                    replace(record, **{f.name: wrong}).encode()
+
+    check()
+
+
+def test_a_member_of_an_enum_is_its_number() -> None:
+    assert Finish.decode(Finish(1, 2, 3, FinishReason.EOS).encode()).reason == FinishReason.EOS
 
 
 def test_a_newer_writer_may_add_fields_and_an_older_one_may_lack_those_with_defaults() -> None:

@@ -135,6 +135,29 @@ def test_several_tokens_per_row_and_named_columns_survive_recovery_and_cleaning(
         log.clean(min_segments=2)
 
 
+@pytest.mark.parametrize("width", [0, 240])
+def test_what_is_mostly_live_is_not_copied_at_each_release(width: int) -> None:
+    """Nor where the columns of a token take many times what the token does."""
+    log = engine_log(disk := Disk(), 1 << 15)
+    for slot in range(16):
+        log.bind(slot, slot + 1, 1, 0)
+    columns = {16: np.zeros((16, width), np.uint8), 17: np.zeros((16, width), np.uint8)} if width else None
+    for token in range(150 if width else 1500):
+        step(log, [(slot, token, 0) for slot in range(16)], named=columns)
+    log.wait_durable()
+    written = log.log.writer.bytes_written
+    dropped = 0
+    for rollout in range(1, 9):
+        log.forget([rollout])
+        dropped += log.clean()
+        log.wait_durable()
+    assert not dropped, "no more than half of it was released"
+    assert log.log.writer.bytes_written < written + 1000
+    log.forget(range(9, 16))
+    log.close()
+    assert engine_log(disk, 1 << 15).clean() > 0
+
+
 def test_a_finish_that_the_engine_ran_past_is_kept() -> None:
     log = engine_log(disk := Disk())
     log.bind(0, 1, 1, 0)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lmdb
@@ -370,6 +372,51 @@ def test_large_payloads_become_blobs_once_and_come_back(log: SandboxLog) -> None
     assert log.load(ref) == data
     assert log.store(b"small") == b"small"
     assert len(list(log.blobs.digests())) == 1
+
+
+def test_a_blob_that_cannot_be_written_poisons_the_log_and_no_sync_is_asked_again(
+    log: SandboxLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = log.writer("a", HEADER)
+    data, asked = os.urandom(100_000), []
+    slow = threading.Event()
+
+    def fail_once(path: Path) -> None:
+        if len(path.name) == 2:  # a shard: the blob is there already, under a name that may not last
+            asked.append(path)
+            if len(asked) == 1:
+                slow.set()
+                time.sleep(0.2)
+                raise OSError(5, "Input/output error")
+
+    def put() -> None:
+        with pytest.raises(LogPoisoned, match="Input/output error"):
+            log.store(data)
+
+    monkeypatch.setattr("sandbox_log.blobs.sync_directory", fail_once)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(put)
+        slow.wait(10)
+        at_the_same_time = pool.submit(put)
+        first.result()
+        at_the_same_time.result()
+    put()
+    assert len(asked) == 1
+    with pytest.raises(LogPoisoned):
+        writer.append(Kind.STATE, {}).result()
+
+
+def test_a_directory_that_somebody_else_made_is_made_durable_too(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[Path] = set()
+
+    def note(path: Path) -> None:
+        synced.add(path)
+
+    monkeypatch.setattr("sandbox_log.directories.sync_directory", note)
+    monkeypatch.setattr("sandbox_log.blobs.sync_directory", note)
+    (ground / "job" / "log" / "blobs" / "tmp").mkdir(parents=True)  # and died
+    with SandboxLog(ground / "job" / "log") as log:
+        assert {ground, ground / "job", log.path, log.path / "blobs"} <= synced
 
 
 def test_a_blob_that_is_not_what_was_written_is_damage(log: SandboxLog) -> None:

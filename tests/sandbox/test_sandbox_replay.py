@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ async def test_being_overtaken_between_intent_and_dispatch_is_noticed(log: Sandb
 async def test_a_poisoned_log_stops_the_sandbox_before_dispatch(log: SandboxLog) -> None:
     sandbox = Recorder()
     logged = await LoggedSandbox.open(log, "a", sandbox)
-    log._committer._failure = OSError("disk")  # type: ignore[union-attr]
+    log._committer._poison.failure = OSError("disk")  # type: ignore[union-attr]
     for _ in range(2):
         with pytest.raises(LogPoisoned):
             await logged.exec("x")
@@ -299,6 +300,40 @@ async def test_bad_calls_log_nothing(log: SandboxLog) -> None:
         with pytest.raises(BadCall):
             await logged.run(call)
     assert len(list(log.events("a"))) == 1
+
+
+@scenario
+async def test_a_bad_call_harms_no_other_and_is_as_bad_when_it_is_repeated(log: SandboxLog) -> None:
+    sandbox = Recorder()
+
+    async def rollout(logged: LoggedSandbox) -> list[bytes]:
+        out = []
+        for n, bad in enumerate(("\ud800", 10**30, object())):
+            call = Call(Operation.EXEC, {"command": "x", "more": bad})
+            with pytest.raises(BadCall):
+                await logged.run(call)
+            out.append((await logged.write_file(f"f{n}", b"data")).stdout)
+        return out
+
+    first = await rollout(await LoggedSandbox.open(log, "a", sandbox))
+    assert first == [b"f0#1data", b"f1#1data", b"f2#1data"]
+    again = await LoggedSandbox.open(log, "a", sandbox, state=StateChoice.REATTACH)
+    assert await rollout(again) == first
+    assert sandbox.ran == ["f0", "f1", "f2"]
+
+
+@scenario
+async def test_a_result_that_cannot_be_logged_is_no_fault_of_the_call(log: SandboxLog) -> None:
+    class Odd(Recorder):
+        async def run(self, call: Call, exec_id: str) -> Result:
+            return replace(await super().run(call, exec_id), notes=("\ud800",))
+
+    logged = await LoggedSandbox.open(log, "a", Odd())
+    with pytest.raises(InDoubt, match="outcome: a value cannot be written to the log"):
+        await logged.exec("x")
+    with pytest.raises(InDoubt):
+        await logged.exec("y")
+    assert (await logged.record_lost()).end is End.TRANSPORT_LOST
 
 
 # -- in doubt
@@ -430,6 +465,99 @@ async def test_rebuilding_can_be_forbidden_and_fails_aloud_when_outputs_differ(l
     await resumed.exec("b")
     with pytest.raises(InDoubt, match="stdout, run again, is b'b#2', logged was b'b#1'"):
         await resumed.exec("doubt")
+
+
+@scenario
+async def test_nothing_runs_on_a_state_that_was_rebuilt_in_part(log: SandboxLog) -> None:
+    sandbox = Recorder()
+    logged = await LoggedSandbox.open(log, "a", sandbox, state=StateChoice.REATTACH)
+    await logged.exec("a")
+    await logged.snapshot()
+    for command in ("b", "c"):
+        await logged.exec(command)
+    sandbox.saved["s0"] = ["b"]  # run again in it, b gives another output
+    sandbox.plan["read"] = "lost"
+    for _ in range(2):
+        with pytest.raises(InDoubt, match="stdout, run again") as caught:
+            await logged.exec("read", idempotent=True)
+        assert sandbox.ran == ["b", "b"], "restored, begun again and no further"
+    assert "state" in caught.value.known["tried"]
+    with pytest.raises(InDoubt):
+        await logged.exec("other")
+    assert await logged.snapshot() is None
+    await logged.record_lost()
+    with pytest.raises(StateLost, match="did not come to its end"):
+        await logged.exec("next")
+
+    commands = ("a", "b", "c", "read")
+    resumed = await _resume(log, sandbox, StateChoice.REATTACH)  # as a new process would
+    for command in commands:
+        await resumed.exec(command, idempotent=command == "read")
+    with pytest.raises(StateLost, match="did not come to its end"):
+        await resumed.exec("next")
+    assert sandbox.ran == ["b", "b"]
+
+
+@scenario
+async def test_a_rebuild_that_a_crash_cut_short_is_done_again_for_the_call_in_doubt(log: SandboxLog) -> None:
+    sandbox = Recorder()
+    logged = await _begin(log, sandbox, "a")
+    await logged.snapshot()
+    await logged.exec("b")
+    await _leave_in_doubt(log, sandbox)
+
+    async def killed(call: Call, exec_id: str) -> Result:
+        raise asyncio.CancelledError
+
+    resumed = await _resume(log, sandbox, StateChoice.REATTACH)
+    await resumed.exec("a")
+    await resumed.exec("b")
+    sandbox.run = killed  # type: ignore[method-assign]
+    with pytest.raises(asyncio.CancelledError):
+        await resumed.exec("doubt")
+    del sandbox.run  # type: ignore[method-assign]
+    assert sandbox.ran == ["a"]
+
+    sandbox.known["doubt"] = Probe(ProbeState.NEVER_STARTED)  # which says nothing of what was to run before it
+    forbidden = await _resume(log, sandbox, StateChoice.REATTACH, rebuild=False)
+    await forbidden.exec("a")
+    await forbidden.exec("b")
+    with pytest.raises(InDoubt, match="did not come to its end"):
+        await forbidden.exec("doubt")
+    resumed = await _resume(log, sandbox, StateChoice.REATTACH)
+    await resumed.exec("a")
+    await resumed.exec("b")
+    assert (await resumed.exec("doubt")).stdout == b"doubt#1"
+    assert sandbox.ran == ["a", "b", "doubt"]
+    assert (await resumed.exec("next")).ok
+
+
+@scenario
+async def test_a_snapshot_that_is_gone_leaves_the_state_as_it_was(log: SandboxLog) -> None:
+    sandbox = Recorder()
+    logged = await LoggedSandbox.open(log, "a", sandbox, state=StateChoice.REATTACH)
+    await logged.exec("a")
+    await logged.snapshot()
+    sandbox.saved.clear()
+    sandbox.plan["read"] = "lost before"
+    assert (await logged.exec("read", idempotent=True)).stdout == b"read#1"
+    resumed = await _resume(log, sandbox, StateChoice.REATTACH)
+    await resumed.exec("a")
+    await resumed.exec("read", idempotent=True)
+    assert (await resumed.exec("next")).stdout == b"next#1"
+
+
+@scenario
+async def test_a_rebuilt_state_answers_only_for_what_was_in_doubt_before(log: SandboxLog) -> None:
+    await _begin(log, Recorder(), "a")
+    fresh = Recorder("two")
+    resumed = await _resume(log, fresh, StateChoice.REEXECUTE)
+    await resumed.exec("a")
+    assert (await resumed.exec("b")).ok
+    fresh.plan["c"] = "lost"
+    with pytest.raises(InDoubt, match="there is no snapshot"):
+        await resumed.exec("c")
+    assert fresh.ran == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("what", ["lost", "lost before", "bug"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from sandbox_log.backends.functions import FunctionSandbox
 from sandbox_log.backends.local import LocalSandbox
-from sandbox_log.errors import LogFenced, ReplayMismatch, StateLost
+from sandbox_log.errors import LogFenced, LogPoisoned, ReplayMismatch, StateLost
 from sandbox_log.events import Kind
 from sandbox_log.live import StateChoice
 from sandbox_log.log import SandboxLog
@@ -92,10 +94,13 @@ def test_a_rollout_uses_its_tools_and_a_resumed_one_does_nothing_twice(ground: P
         Asked("exec", {"command": 3}),
         Asked("exec", {"command": "x", "timeout_s": "soon"}),
         Asked("exec", {"command": "x", "timeout_s": -1}),
+        Asked("exec", {"command": "x", "timeout_s": 10**400}),
         Asked("exec", {"command": "nul\0"}),
         Asked("exec", {"command": "\ud800"}),
         Asked("write_file", {"path": "x", "content": "\ud800"}),
         Asked("double", {"n": object()}),
+        Asked("double", {"n": 10**30}),
+        Asked("double", {"n": functools.reduce(lambda inner, _: [inner], range(2000), [])}),
     ],
 )
 def test_what_a_model_gets_wrong_is_told_to_it_and_touches_nothing(ground: Path, log: SandboxLog, call: Asked) -> None:
@@ -109,6 +114,8 @@ def test_what_a_model_gets_wrong_is_told_to_it_and_touches_nothing(ground: Path,
         assert first.text.startswith("[")
         assert first == await tools.call(rollout_id="r", attempt=1, position=0, call=call), "the same every time"
         assert all(end.events == 1 for end in log.sandboxes())
+        fine = await tools.call(rollout_id="r", attempt=1, position=1, call=Asked("exec", {"command": "echo fine"}))
+        assert (fine.ok, fine.text) == (True, "fine"), "nor does it harm what the model asks for next"
         await tools.close()
 
     asyncio.run(main())
@@ -139,5 +146,30 @@ def test_functions_as_tools_and_many_rollouts_at_once(log: SandboxLog) -> None:
         with pytest.raises(StateLost, match="nobody said"):
             await resumed.call(rollout_id="r3", attempt=2, position=99, call=Asked("double", {"n": 1}))
         await resumed.close()
+
+    asyncio.run(main())
+
+
+def test_an_output_that_cannot_be_stored_stops_the_runner_and_not_the_rollout(
+    ground: Path, log: SandboxLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def make(rollout_id: str, _: Any) -> Sandbox:
+        return LocalSandbox(ground / rollout_id)
+
+    async def main() -> None:
+        tools = SandboxTools(log, make, shell_tools(), state=StateChoice.REATTACH)
+        large = Asked("exec", {"command": "head -c 100000 /dev/zero"})
+        with monkeypatch.context() as patched:
+            patched.setattr("sandbox_log.blobs.sync_directory", fail)
+            with pytest.raises(LogPoisoned, match="Input/output error") as caught:
+                await tools.call(rollout_id="a", attempt=1, position=1, call=large)
+        assert caught.value.stops_runner, "nothing is wrong with the rollout"
+        for rollout in ("a", "b"):  # the disk is well again, but what it holds nobody knows
+            with pytest.raises(LogPoisoned):
+                await tools.call(rollout_id=rollout, attempt=1, position=1, call=Asked("exec", {"command": "echo x"}))
+        await tools.close()
 
     asyncio.run(main())

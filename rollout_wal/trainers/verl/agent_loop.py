@@ -128,7 +128,7 @@ def output(
         extra_fields={
             "rollout_id": rollout.id,
             "rollout_key": rollout.key,
-            "policy_versions": [0] if empty else tokens.version_T.tolist(),
+            "policy_versions": [0] if empty else tokens.turn_version_T.tolist(),
             "interruptions": rollout.interruptions,
             "censored": rollout.censored,
             "min_global_steps": min(known) if complete else None,

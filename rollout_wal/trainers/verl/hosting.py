@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...backend.spec import EngineSpec
@@ -15,8 +16,9 @@ def host_of(settings: Settings, model: str) -> Any:
     Args:
         model: a local model folder; its weights are the first policy version in a new job.
     """
-    factory = {"factory": settings.engine} if settings.engine is not None else {}
-    spec = EngineSpec(model, options={"max_batch": settings.slots, **settings.engine_options}, **factory)
+    spec = EngineSpec(model, options={"max_batch": settings.slots, **settings.engine_options})
+    if settings.engine is not None:
+        spec = replace(spec, factory=settings.engine)
     return start_host(
         spec,
         settings.path,
