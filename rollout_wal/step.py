@@ -85,15 +85,17 @@ def encode_step(
     if named:
         for column_id, column in named.items():
             code = DTYPE_CODE.get(column.dtype)
-            if code is None or len(column) != tokens or not FIRST_NAMED_COLUMN <= column_id < 256:
+            width = column.shape[1] if column.ndim == 2 else 1
+            fits = len(column) == tokens and 0 < width < 256 and FIRST_NAMED_COLUMN <= column_id < 256
+            if code is None or not fits:
                 raise BadInput(
                     problem(
-                        f"column {column_id} of a step has dtype {column.dtype} and length {len(column)}",
+                        f"column {column_id} of a step has dtype {column.dtype} and shape {column.shape}",
                         consequence="The step was not logged",
-                        remedy=f"Use an id of 16..255, a dtype of {[d.name for d in DTYPES]} and length {tokens}",
+                        remedy=f"Use an id of 16..255, a dtype of {[d.name for d in DTYPES]} and a shape of [{tokens}] "
+                        f"or [{tokens}, at most 255]; wider values go into several columns",
                     )
                 )
-            width = column.shape[1] if column.ndim == 2 else 1
             descriptors += _COLUMN.pack(column_id, code, width, 0)
             columns.append(column)
             n_columns += 1

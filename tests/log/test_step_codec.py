@@ -78,6 +78,8 @@ def test_a_wrong_dtype_or_length_is_refused_and_named(which: int) -> None:
         encode_step(*arrays(4, 4, 0), named={3: np.zeros(4, np.float32)})
     with pytest.raises(BadInput, match="dtype complex"):
         encode_step(*arrays(4, 4, 0), named={20: np.zeros(4, np.complex64)})
+    with pytest.raises(BadInput, match=r"shape \(4, 256\)"):
+        encode_step(*arrays(4, 4, 0), named={20: np.zeros((4, 256), np.uint8)})
 
 
 def feed(payload: bytes) -> EngineState:
