@@ -12,8 +12,8 @@ and gets the same rollouts under the same ids, token for token. What is unfinish
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,20 +26,34 @@ from ..dataset import DatasetWriter
 from ..delivery import to_sample
 from ..errors import BadInput, CheckpointMismatch, problem
 from ..params import SamplingParams
-from ..wal import CohortCount
 from .facts import Facts
-from .state_file import STATE_FILE, read_state, sync_tree, write_state
+from .run_cohorts import Fork, RunCohorts, abandon, fresh_cohort
+from .state_file import STATE_FILE, drop_state, read_state, sync_tree, write_state
 
-__all__ = ["STATE_FILE", "Facts", "TrainerLedger", "abandon", "fresh_cohort", "read_state", "sync_tree", "write_state"]
+__all__ = [
+    "STATE_FILE",
+    "Facts",
+    "Fork",
+    "TrainerLedger",
+    "abandon",
+    "drop_state",
+    "fresh_cohort",
+    "read_state",
+    "sync_tree",
+    "write_state",
+]
 
 _FORMAT: Final = 1
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Rollouts of one generation, from their delivery until a checkpoint contains their last step."""
+    """Rollouts of one generation, from their delivery until a checkpoint contains their last step. Their tokens are in
+    the log: many batches of them may come between two checkpoints."""
 
-    rollouts: list[FinishedRollout]
+    cohort: str
+    rollouts: list[int]
+    """Their ids."""
     sampling: SamplingParams
     step: int = 0
     """The optimizer step that used them last."""
@@ -79,7 +93,8 @@ class TrainerLedger:
         self._run = run
         self._lineage = 0
         self._open: dict[int, _Batch] = {}
-        self._evaluations: list[FinishedRollout] = []
+        self._evaluations: list[int] = []
+        """Ids of their rollouts."""
         self._archive = archive
         self._extras = dict(extras or {})
 
@@ -92,7 +107,7 @@ class TrainerLedger:
         sampling: SamplingParams,
         *,
         group_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         progress: bool = False,
     ) -> list[FinishedRollout]:
@@ -112,8 +127,7 @@ class TrainerLedger:
                     remedy="Resume from the newest checkpoint, or call restore(..., fork=True) to sample anew",
                 )
             )
-        # A copy: what callers do to the list they get is their own affair.
-        self._open[batch] = _Batch(list(rollouts), sampling)
+        self.take(batch, rollouts, sampling)
         return rollouts
 
     def evaluate(
@@ -123,16 +137,27 @@ class TrainerLedger:
         sampling: SamplingParams,
         *,
         group_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
+        anew: bool = False,
     ) -> list[FinishedRollout]:
-        """Rollouts that no step will use. They are let go with the next checkpoint.
+        """Rollouts that no step will use. They are let go with the next checkpoint, or by `drop_evaluations`.
 
         Asked for again under one name, they are the same ones until then, and others afterwards.
+
+        Args:
+            anew: others each time: what an earlier process has begun under this name may be of another policy.
         """
-        cohort = fresh_cohort(self._backend.cohorts(), f"{self._run}.{self._lineage}/eval/{name}")
+        cohort = fresh_cohort(self._backend.cohorts(), f"{self._run}.{self._lineage}/eval/{name}", anew=anew)
         rollouts = self._rollouts(cohort, prompts, sampling, group_size, seed, None, False)
-        self._evaluations += rollouts
+        self._evaluations += [r.id for r in rollouts]
         return rollouts
+
+    def drop_evaluations(self) -> None:
+        """Let go of all evaluations of this run, those included that a process before this one had begun: the backend
+        goes on with them when it starts, though nobody may ever ask for them."""
+        self._evaluations.clear()
+        for _, name in RunCohorts(self._backend.cohorts(), self._run).left(evaluations=True):
+            abandon(self._backend, name)
 
     def _rollouts(
         self,
@@ -140,7 +165,7 @@ class TrainerLedger:
         prompts: Sequence[ArrayLike],
         sampling: SamplingParams,
         group_size: int,
-        seed: int,
+        seed: int | None,
         metadata: Sequence[Mapping[str, Any]] | None,
         progress: bool,
     ) -> list[FinishedRollout]:
@@ -159,9 +184,20 @@ class TrainerLedger:
         """The name of a batch's cohort."""
         return f"{self._run}.{self._lineage}/{batch}"
 
+    def begun(self, batch: int) -> bool:
+        """Whether the log has this batch: it goes on, or was sampled, under the policy that it began with."""
+        return self.cohort(batch) in self._backend.cohorts()
+
+    def settle(self) -> None:
+        """Wait until no batch is in flight. Before other weights are put in force for anything else: what a process
+        before this one had begun would go on under them."""
+        for _, name in RunCohorts(self._backend.cohorts(), self._run).left(evaluations=False):
+            if self._backend.in_flight(name):
+                deque(self._backend.again(name), maxlen=0)
+
     def take(self, batch: int, rollouts: Sequence[FinishedRollout], sampling: SamplingParams) -> None:
         """Batch number `batch` was generated under its cohort's name without this object: these are its rollouts."""
-        self._open[batch] = _Batch(list(rollouts), sampling)
+        self._open[batch] = _Batch(self.cohort(batch), [r.id for r in rollouts], sampling)
 
     def used(
         self,
@@ -215,7 +251,7 @@ class TrainerLedger:
             self._consume(self._open[number])
             del self._open[number]
         if self._evaluations:
-            self._backend.release([r.id for r in self._evaluations])
+            self._backend.release(self._evaluations)
             self._evaluations.clear()
 
     def _consume(self, batch: _Batch) -> None:
@@ -223,51 +259,55 @@ class TrainerLedger:
             return
         if self._archive is not None:
             self._keep(batch, self._archive)
-        self._backend.consumed([r.id for r in batch.rollouts], epoch=self._lineage, step=batch.step)
+        self._backend.consumed(batch.rollouts, epoch=self._lineage, step=batch.step)
 
     def _keep(self, batch: _Batch, folder: Path) -> None:
         """Before Consumed: killed in between, they are archived again under the same keys, which adds nothing."""
         info = self._backend.info
         writer = DatasetWriter(folder, writer_id="trainer", check_fence=self._backend.check_fence)
         samples = []
-        for r in batch.rollouts:
+        for r in sorted(self._backend.again(batch.cohort), key=lambda r: r.index):
             sample = batch.facts.get(r.id, Facts()).add_to(to_sample(r, info, batch.sampling))
             extras = {**sample.extras, **self._extras, "optimizer_step": batch.step, "run": self._run}
             samples.append(replace(sample, reward=batch.rewards.get(r.id), extras=extras))
         writer.seal(samples)
 
-    def restore(self, state: Mapping[str, Any] | None, *, fork: bool = False) -> None:
+    def restore(self, state: Mapping[str, Any] | None, *, fork: Fork = False) -> None:
         """Bring the log to where the checkpoint is from which the trainer goes on.
 
         Args:
             state: what the checkpoint holds; None: the trainer starts from the beginning.
-            fork: the log has consumed batches that this checkpoint does not contain: give them up, and sample anew
-                under other cohort names.
+            fork: the log has consumed batches that this checkpoint does not contain. True: give them up, and sample
+                anew under other cohort names, in a lineage of its own. Called again with the same checkpoint, it goes
+                on in that lineage while nothing of it is consumed. Then a checkpoint of its own is there to go on
+                from, and this one is refused: "again" gives that lineage up, too, each time it is called.
 
         Raises:
             CheckpointMismatch: the checkpoint is of another job or run, older than the log (without `fork`), or newer
                 than the log. Nothing was changed.
         """
-        batches = 0
-        if state is not None:
-            self._check(state)
-            self._lineage = int(state["lineage"])
-            batches = int(state["batches"])
-        later = self._used_since(batches)
-        if later and not fork:
-            raise CheckpointMismatch(
-                problem(
-                    f"the log has consumed batch {max(later)} of run {self._run!r}, and the checkpoint contains only "
-                    f"those below {batches}",
-                    consequence="Nothing was changed; going on would drop the batches in between from the training",
-                    remedy="Resume from the newest checkpoint, or restore(..., fork=True) to train on fresh samples "
-                    "from here, or use another run name",
-                )
-            )
+        lineage = self.lineage_from(state, fork=fork)
+        self._lineage = 0 if state is None else int(state["lineage"])
         if state is not None:
             self._finish_commit(state)
-        if later:
-            self._fork()
+        if lineage > self._lineage:
+            found = RunCohorts(self._backend.cohorts(), self._run)
+            for of, name in [*found.left(evaluations=False), *found.left(evaluations=True)]:
+                if of < lineage:
+                    abandon(self._backend, name)
+        self._lineage = lineage
+
+    def lineage_from(self, state: Mapping[str, Any] | None, *, fork: Fork = False) -> int:
+        """The lineage that `restore` goes on in: that of the checkpoint, or a later one, which is a fork.
+
+        Raises:
+            CheckpointMismatch: as `restore`. This changes nothing.
+        """
+        lineage = batches = 0
+        if state is not None:
+            self._check(state)
+            lineage, batches = int(state["lineage"]), int(state["batches"])
+        return RunCohorts(self._backend.cohorts(), self._run).lineage_from(lineage, batches, fork)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         mark = self._backend.mark
@@ -287,18 +327,6 @@ class TrainerLedger:
                 )
             )
 
-    def _used_since(self, batches: int) -> list[int]:
-        """Batches of this lineage that the log let go and that a checkpoint with so many does not contain."""
-        prefix = f"{self._run}.{self._lineage}/"
-        return [
-            int(name.removeprefix(prefix))
-            for name, count in self._backend.cohorts().items()
-            if name.startswith(prefix)
-            and (number := name.removeprefix(prefix)).isdecimal()
-            and int(number) >= batches
-            and count.gone
-        ]
-
     def _finish_commit(self, state: Mapping[str, Any]) -> None:
         """The process died between its checkpoint and the log's Consumed."""
         known = self._backend.cohorts()
@@ -307,29 +335,6 @@ class TrainerLedger:
             if name in known and known[name].gone < known[name].size:
                 rewards = {int(i): float(r) for i, r in used["rewards"].items()}
                 facts = {int(i): Facts.from_dict(raw) for i, raw in used.get("facts", {}).items()}
-                left = sorted(self._backend.again(name), key=lambda r: r.index)
-                self._consume(_Batch(left, SamplingParams.from_dict(used["sampling"]), used["step"], rewards, facts))
-
-    def _fork(self) -> None:
-        """Cohorts get new names from here on; what the old line still has is let go."""
-        known = self._backend.cohorts()
-        abandoned = f"{self._run}.{self._lineage}/"
-        for name, count in known.items():
-            if name.startswith(abandoned) and count.gone < count.size:
-                abandon(self._backend, name)
-        self._lineage = next(
-            n for n in itertools.count(self._lineage + 1) if not any(k.startswith(f"{self._run}.{n}/") for k in known)
-        )
-
-
-def abandon(backend: RolloutBackend, cohort: str) -> None:
-    """Give up what is unfinished of a cohort, and let go of all that is left of it."""
-    for rollout in backend.in_flight(cohort):
-        backend.abort(rollout, reason="abandoned")
-    backend.release([r.id for r in backend.again(cohort)])
-
-
-def fresh_cohort(cohorts: Mapping[str, CohortCount], name: str) -> str:
-    """A name like this one of which nothing is gone: for rollouts that nobody trains on, and that are let go."""
-    names = itertools.chain([name], (f"{name}.{n}" for n in itertools.count(1)))
-    return next(n for n in names if n not in cohorts or not cohorts[n].gone)
+                left = [r.id for r in self._backend.again(name)]
+                sampling = SamplingParams.from_dict(used["sampling"])
+                self._consume(_Batch(name, left, sampling, used["step"], rewards, facts))

@@ -49,6 +49,14 @@ def read_state(folder: Path, *, rank: int = 0) -> dict[str, Any]:
     return state
 
 
+def drop_state(folder: Path) -> None:
+    """Before a checkpoint is written over: cut short by a crash, it must not pass for whole by the state of the old."""
+    path = _state_path(folder, 0)
+    if path.exists():
+        path.unlink()
+        sync_directory(folder)
+
+
 def _state_path(folder: Path, rank: int) -> Path:
     return folder / (STATE_FILE if rank == 0 else f"rollout_wal.{rank}.json")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -134,15 +136,26 @@ def test_a_checkpoint_older_than_the_log(start: Callable[..., TrainerLedger], tm
             ledger.restore(state)
     ledger.restore(states[0], fork=True)
     fresh = generate(ledger, 1)
+    ledger = start()  # the same script again, before the fork has a checkpoint
+    ledger.restore(states[0], fork=True)
+    assert tokens(generate(ledger, 1)) == tokens(fresh)
     assert {r.id for r in fresh}.isdisjoint({r.id for r in rollouts} | {r.id for r in pending})
     assert {r.cohort for r in fresh} == {"run.1/1"}
     forked = through_json(ledger.state(2, step=2))
     ledger.used(1, step=2)
     ledger.commit(forked)
 
+    ledger = start()
+    for fork in (False, True):
+        with pytest.raises(CheckpointMismatch, match="was forked: the log has lineage 1, from batch 1 on"):
+            ledger.restore(states[0], fork=fork)
     ledger = start()  # a fork goes on as itself
     ledger.restore(forked)
     assert ledger.cohort(2) == "run.1/2"
+    left = generate(ledger, 2)
+    ledger.restore(states[0], fork="again")
+    assert ledger.cohort(1) == "run.2/1"
+    assert ledger._backend.cohorts()["run.1/2"].gone == len(left)
 
 
 @pytest.mark.slow
@@ -176,6 +189,42 @@ def test_the_returned_list_is_the_callers(start: Callable[..., TrainerLedger], t
     ledger.commit(ledger.state(1, step=1))
     assert [reward for reward, _ in archived(tmp_path).values()] == [1.0] * 4
     ledger.commit(ledger.state(1, step=1))  # nothing is left that could be let go of a second time
+
+
+def test_tokens_are_the_logs_until_a_checkpoint(start: Callable[..., TrainerLedger], tmp_path: Path) -> None:
+    """Many batches come between two checkpoints."""
+    ledger = start()
+    ledger.restore(None)
+    rollouts = generate(ledger, 0)
+    expected = {r.key: [*r.prompt.tolist(), *r.tokens.tolist()] for r in rollouts}
+    held = [weakref.ref(r.output.token_T) for r in rollouts]
+    ledger.used(0, step=1)
+    del rollouts
+    gc.collect()
+    assert [r() for r in held] == [None] * len(held)
+    ledger.commit(ledger.state(1, step=1))
+    dataset = open_dataset(tmp_path / "archive")
+    assert {key: dataset.payload(key).array("token_ids").tolist() for key in expected} == expected  # type: ignore[union-attr]
+
+
+def test_evaluations_of_an_earlier_process(start: Callable[..., TrainerLedger]) -> None:
+    ledger = start()
+    first = ledger.evaluate("a", PROMPTS, SAMPLING)
+    ledger = start()
+    anew = ledger.evaluate("a", PROMPTS, SAMPLING, anew=True)
+    assert {r.cohort for r in first + anew} == {"run.0/eval/a", "run.0/eval/a.1"}
+    ledger.drop_evaluations()
+    assert [c.gone for c in ledger._backend.cohorts().values()] == [2, 2]
+    ledger.commit(ledger.state(0, step=0))  # nothing is let go a second time
+
+
+def test_settled_before_other_weights(start: Callable[..., TrainerLedger]) -> None:
+    ledger = start()
+    ledger._backend.generate(PROMPTS, SamplingParams(max_tokens=200), cohort=ledger.cohort(0)).close()  # type: ignore[attr-defined]
+    assert ledger.begun(0)
+    ledger.settle()
+    assert not ledger._backend.in_flight(ledger.cohort(0))
+    assert not ledger.begun(1)
 
 
 def test_state_files(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import torch
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig
 
+from rollout_kernels import logprobs
+from rollout_kernels.linear_divergence import functional as linear_divergence
 from rollout_wal.backend import RolloutBackend
 from rollout_wal.errors import BadInput
 from rollout_wal.testing.tiny_models import make_tiny_model
@@ -158,6 +162,61 @@ def test_the_loss_is_that_of_the_teachers_themselves(
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=rtol, atol=atol)
 
 
+def test_tokens_count_by_how_likely_they_have_become(trainer: Callable[..., DistillationTrainer]) -> None:
+    made = trainer("sampled")
+    made.model.train()
+    made._ledger.restore(None)
+    rows = [dict(made.train_dataset[i]) for i in range(2)]
+    inputs = made._generate_and_score_completions(rows)
+    sampled_BC = inputs["sampling_logprobs"]
+
+    def gradient(less_likely: float) -> torch.Tensor:
+        """By a policy that sampled each token with a probability so many times smaller."""
+        made.model.zero_grad()
+        loss, _, _ = made._compute_loss(made.model, inputs | {"sampling_logprobs": sampled_BC - less_likely}, None)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in made.model.parameters()])
+
+    on_policy = gradient(0.0)
+    assert on_policy.abs().max() > 0
+    torch.testing.assert_close(gradient(float(np.log(1.5))), 1.5 * on_policy, rtol=1e-3, atol=1e-6)
+    assert not gradient(float(np.log(2.5))).any()  # too far from it to learn from
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full_vocabulary"])
+def test_stale_tokens_are_left_out(objective: str, trainer: Callable[..., DistillationTrainer]) -> None:
+    made = trainer(objective, max_staleness=1)
+    made.model.train()
+    made._ledger.restore(None)
+    rows = [dict(made.train_dataset[i]) for i in range(2)]
+    made._generate_and_score_completions(rows)
+    begun = {"policy_version": made._policy_version(made._last[0]) + 2}
+    newer_T = np.arange(len(made._last[0].tokens)) > 1
+    output = made._last[0].output
+    stale = replace(made._last[0], metadata=begun, output=replace(output, version_T=output.version_T + newer_T))
+    [score] = made._score([stale], [rows[0]["teacher"]])
+    assert made._used(stale, score).tolist() == newer_T.tolist()
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full_vocabulary"])
+def test_logits_are_never_there_at_once(
+    objective: str, trainer: Callable[..., DistillationTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(objective)
+    made.model.train()
+    made._ledger.restore(None)
+    inputs = made._generate_and_score_completions([dict(made.train_dataset[i]) for i in range(8)])
+    vocabulary, hidden = made.model.config.vocab_size, made.model.config.hidden_size
+    for module, name in ((logprobs, "_BUFFER_BYTES_CPU_HEAD"), (linear_divergence, "_BUFFER_BYTES_CPU")):
+        monkeypatch.setattr(module, name, 4 * vocabulary * 4)  # four tokens' logits
+    assert int(inputs["scored_mask"].sum()) > 4
+    with _OverVocabulary(vocabulary) as seen:
+        loss, _, _ = made._compute_loss(made.model, inputs, None)
+        loss.backward()
+    assert 4 in seen.rows
+    assert max(seen.rows - {hidden}) == 4  # a head, transposed, has as many rows as the hidden states are wide
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sampled", "full_vocabulary"])
 def test_the_student_comes_closer(
@@ -238,6 +297,22 @@ def test_what_cannot_be_honoured(trainer: Callable[..., DistillationTrainer], mo
     made._step = 1000
     with pytest.raises(BadInput, match="names no teacher"):
         made._generate_and_score_completions([{"prompt": "question"}])
+
+
+class _OverVocabulary(TorchDispatchMode):
+    """How many rows tensors over the vocabulary have."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self._vocabulary = vocabulary
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self._vocabulary:
+                self.rows.add(tensor.numel() // self._vocabulary)
+        return out
 
 
 def _none(row: Any) -> str:

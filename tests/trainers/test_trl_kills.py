@@ -35,6 +35,10 @@ DEATHS = [
 ]
 
 
+FOUR_STEPS: dict[str, Any] = {"num_iterations": 2, "steps_per_generation": 4, "steps": 6}
+BEHIND: dict[str, Any] = {"save_steps": 3}
+
+
 def live(folder: Path, **options: Any) -> int:
     """One life of the training process; its exit status."""
     folder.mkdir(exist_ok=True)
@@ -64,10 +68,10 @@ def check(killed: Path, reference: Path, atol: float) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name], tensor, rtol=0, atol=atol, err_msg=name)
-    # Each rollout was used by the same step, once, with the same reward.
+    # Each rollout was used by the same step, once, with the same reward, and sampled under the same policy version.
     rows, wanted = (
         [
-            (r["sample"], r["reward"], json.loads(r["extras"])["optimizer_step"])
+            (r["sample"], r["reward"], json.loads(r["extras"])["optimizer_step"], r["policy_versions"])
             for r in open_dataset(folder / "archive").metadata().to_pylist()
         ]
         for folder in (killed, reference)
@@ -84,9 +88,20 @@ def check(killed: Path, reference: Path, atol: float) -> None:
         ({}, DEATHS, 0.0),
         # Checkpoints in the middle of a generation batch: the old policy's log-probabilities then come from the log
         # instead of a second forward, and differ by rounding.
-        ({"num_iterations": 2, "steps_per_generation": 4, "steps": 6}, [("stepped", 6), ("before commit", 2)], 1e-6),
+        (FOUR_STEPS, [("stepped", 6), ("before commit", 2)], 1e-6),
+        # Then they are the old policy of the loss alone.
+        (FOUR_STEPS | {"config": {"vllm_importance_sampling_correction": False}}, [("stepped", 6)], 1e-6),
+        # The log is ahead of the checkpoint. What it has is not stale, and goes on under the weights it began with.
+        (BEHIND, [("sampling", 5), ("before generate", 3)], 0.0),
+        (BEHIND | {"kwargs": {"max_staleness": 0}}, [("generated", 5)], 0.0),
     ],
-    ids=["one step per generation", "four steps per generation"],
+    ids=[
+        "one step per generation",
+        "four steps per generation",
+        "four steps per generation without correction",
+        "checkpoints behind the log",
+        "checkpoints behind the log with nothing stale",
+    ],
 )
 def test_killed_anywhere_it_ends_where_it_would_have(
     tmp_path: Path, options: dict[str, Any], deaths: list[tuple[str, int]], atol: float
@@ -94,7 +109,8 @@ def test_killed_anywhere_it_ends_where_it_would_have(
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     assert live(reference, **options) == 0
     for death in deaths:
-        assert live(killed, die_at=death, worker_kills=2, **options) == -signal.SIGKILL, death
+        kills = 0 if death[0] == "sampling" else 2  # that one watches the worker's steps, and so must find one alive
+        assert live(killed, die_at=death, worker_kills=kills, **options) == -signal.SIGKILL, death
     assert live(killed, worker_kills=2, **options) == 0
     check(killed, reference, atol)
     assert json.loads((killed / "done.json").read_text())["deaths"] > 0

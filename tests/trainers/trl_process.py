@@ -46,9 +46,21 @@ class Moments:
         self._seen: dict[str, int] = {}
 
     def __call__(self, name: str) -> None:
-        self._seen[name] = self._seen.get(name, 0) + 1
-        if self._die_at and (name, self._seen[name]) == tuple(self._die_at):
+        if self.has_come(name):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def has_come(self, name: str) -> bool:
+        """Whether it is the last one."""
+        self._seen[name] = self._seen.get(name, 0) + 1
+        return bool(self._die_at) and (name, self._seen[name]) == tuple(self._die_at)
+
+
+def die_while_sampling(backend: Any) -> None:
+    """In the middle of what is sampled now."""
+    first = backend.worker_steps()
+    while all(steps < first[name][1] + 3 for name, (_, steps) in backend.worker_steps().items()):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_workers(backend: Any, times: int) -> None:
@@ -134,6 +146,8 @@ def run(folder: Path, options: dict[str, Any]) -> None:
 
         def generated(*args: Any, **kwargs: Any) -> Any:
             moment("before generate")
+            if moment.has_come("sampling"):
+                threading.Thread(target=die_while_sampling, args=(backend,), daemon=True).start()
             found = generate(*args, **kwargs)
             moment("generated")
             return found

@@ -10,15 +10,15 @@
 Kill the process or its workers at any moment and run it again: rollouts in flight go on from their last durable token,
 those that the checkpoint contains never come again, and all others come again under the same ids.
 
-Written for TRL 1.16. The trainer's own seams for vLLM are used: the weights are handed over where TRL synchronises
-vLLM, and the importance-sampling correction is TRL's, fed with the log-probabilities that were logged when each token
-was sampled. So a token keeps the log-probability of the policy version that sampled it, however many versions its
-rollout went through.
+Written for TRL 1.16. The trainer's own seams for vLLM are used: the importance-sampling correction is TRL's, fed with
+the log-probabilities that were logged when each token was sampled. A batch is sampled under one policy version, after
+a restart as well: what had begun goes on under the version it began with.
 """
 
 from typing import Any
 
-from .common import SUPPORTED, last_checkpoint
+from .arguments import SUPPORTED
+from .checkpoints import last_checkpoint
 from .grpo import GRPOTrainer
 
 __all__ = ["SUPPORTED", "DistillationTrainer", "GRPOTrainer", "last_checkpoint"]

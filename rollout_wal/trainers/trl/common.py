@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
+import torch
+import trl
+from numpy.typing import NDArray
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ...backend import FinishedRollout, RolloutBackend
-from ...errors import BadInput, CheckpointMismatch, MissingExtra, problem
+from ...errors import BadInput, CheckpointMismatch, problem
 from ...params import SamplingParams
-from ..ledger import STATE_FILE, Facts, TrainerLedger, read_state, sync_tree, write_state
+from ..ledger import Facts, Fork, TrainerLedger, drop_state, read_state, sync_tree, write_state
+from .arguments import conflict
+from .checkpoints import last_checkpoint, set_aside
 from .order import ByEpoch
-
-try:
-    import torch
-    import trl
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_callback import TrainerControl, TrainerState
-    from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-except ImportError as error:
-    raise MissingExtra(error.name or "trl", "trl", "training with TRL") from None
-
-#: Versions of TRL whose trainers this was read against and tested with.
-SUPPORTED: Final = ("1.16",)
+from .weights import Weights
 
 
 class BackendTrainer(Trainer):
     """Mixed into a trainer of TRL, in front of it.
 
-    TRL takes the backend for its vLLM: it says when weights must be handed over (`vllm_generation.sync_weights`).
+    TRL takes the backend for its vLLM, and so corrects for the difference between sampler and trainer.
     """
 
     _step: int
@@ -39,7 +36,13 @@ class BackendTrainer(Trainer):
     _buffered_inputs: Any
 
     def _use_backend(
-        self, backend: RolloutBackend, run: str, archive: str | Path | None, fork: bool, extras: Mapping[str, Any]
+        self,
+        backend: RolloutBackend,
+        run: str,
+        archive: str | Path | None,
+        fork: Fork,
+        max_staleness: int | None,
+        extras: Mapping[str, Any],
     ) -> None:
         """After the trainer's own `__init__`."""
         self._backend = backend
@@ -54,12 +57,14 @@ class BackendTrainer(Trainer):
             extras={"trainer": f"trl {trl.__version__}", **extras},
         )
         self._fork = fork
+        self._max_staleness = max_staleness
+        self._weights = Weights(backend, self._gather_weights, self._ledger.settle)
         self._sampling = self._sampling_params()
         self._evaluation = 0
         self._rewards: dict[int, float] = {}
         self._facts: dict[int, Facts] = {}
         self.use_vllm = True
-        self.vllm_generation = _Weights(self)
+        self.vllm_generation = self._weights
         self._last_loaded_step = -1
         self.add_callback(_Used(self))
 
@@ -77,38 +82,58 @@ class BackendTrainer(Trainer):
 
     def _collect(self, prompt_ids: list[list[int]], generations: int) -> list[FinishedRollout]:
         """The rollouts of this generation batch, one for each of the prompts and in their order."""
-        training = bool(self.model.training)
+        training, batch = bool(self.model.training), self._generation
         grouped = _distinct(prompt_ids, generations)
         per_group = len(prompt_ids) // len(grouped)
+        if not (training and self._ledger.begun(batch)):
+            self._weights.hand_over(int(self.state.global_step))
         if training:
-            batch = self._generation
+            # Logged with the first call, and the same after a restart: the policy that belongs to this batch.
+            noted = {"generation": batch, "policy_version": self._backend.policy_version}
             rollouts = self._ledger.generate(
                 batch,
                 grouped,
                 self._sampling,
                 group_size=per_group,
                 seed=self._seed(batch),
-                metadata=[{"generation": batch}] * len(grouped),
+                metadata=[noted] * len(grouped),
             )
         else:
             self._evaluation += 1
             name = f"{self.state.global_step}.{self._evaluation}"
             seed = self._seed(0) ^ 0x5EED
-            rollouts = self._ledger.evaluate(name, grouped, self._sampling, group_size=per_group, seed=seed)
+            rollouts = self._ledger.evaluate(name, grouped, self._sampling, group_size=per_group, seed=seed, anew=True)
         self._measure("train" if training else "eval", rollouts)
         return rollouts
+
+    def _gather_weights(self) -> dict[str, Any]:
+        weights = self.accelerator.get_state_dict(self.model)
+        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
 
     def _seed(self, batch: int) -> int:
         """Ranks may have members of one group, so each draws noise of its own."""
         return int(self.args.seed) + batch + (int(self.accelerator.process_index) << 40)
 
+    def _policy_version(self, rollout: FinishedRollout) -> int:
+        """Of the weights that the trainer had when the rollout's batch began. Not the newest in force: after a restart
+        from an earlier checkpoint, the log is ahead."""
+        logged = rollout.metadata.get("policy_version")
+        return self._backend.policy_version if logged is None else int(logged)
+
+    def _fresh(self, rollout: FinishedRollout) -> NDArray[np.bool_]:
+        """[T]: tokens that are not more than `max_staleness` versions older than their batch's policy."""
+        age_T = self._policy_version(rollout) - rollout.output.version_T
+        return age_T <= (np.inf if self._max_staleness is None else self._max_staleness)
+
     def _measure(self, mode: str, rollouts: list[FinishedRollout]) -> None:
-        newest = self._backend.policy_version
-        age_T = np.concatenate([newest - r.output.version_T[r.output.sampled_T] for r in rollouts])
+        age_T = np.concatenate([self._policy_version(r) - r.output.version_T[r.output.sampled_T] for r in rollouts])
         metrics = self._metrics[mode]
         metrics["rollouts/interruptions"].append(float(np.mean([r.interruptions for r in rollouts])))
         metrics["rollouts/censored"].append(float(np.mean([r.censored is not None for r in rollouts])))
         metrics["rollouts/staleness_max"].append(float(age_T.max(initial=0)))
+        if self._max_staleness is not None:
+            stale = float(np.mean(age_T > self._max_staleness)) if len(age_T) else 0.0
+            metrics["rollouts/stale_share"].append(stale)
 
     def _sampling_params(self) -> SamplingParams:
         args: Any = self.args
@@ -132,15 +157,25 @@ class BackendTrainer(Trainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As in TRL, with the shuffle of a generation batch drawn from its number: a batch that is asked for again
         after a restart must be cut into the same steps."""
-        if not self.model.training:
+        begins = self._step % self._generate_every == 0 or self._buffered_inputs is None
+        if not (self.model.training and begins):
             return super()._prepare_inputs(generation_batch)
-        number, fresh = self._generation, self._buffered_inputs
-        with torch.random.fork_rng(devices=[]):
+        number = self._generation
+        with _forked_rng(self.accelerator.device):
             torch.manual_seed((self.args.seed << 32) + number)
             inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not fresh:
-            self._ledger.used(number, self.state.global_step + 1, self._rewards, self._facts)
+        self._ledger.used(number, self.state.global_step + 1, self._rewards, self._facts)
         return inputs
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL. Nobody asks for these rollouts again: they are let go when it ends, and what a crash has left of
+        an earlier one goes before it begins."""
+        if not self.is_in_train:
+            self._weights.forget()
+        self._ledger.drop_evaluations()
+        output = super().evaluation_loop(*args, **kwargs)
+        self._ledger.drop_evaluations()
+        return output
 
     def note_step(self, step: int) -> None:
         """Optimizer step `step` uses the generation batch of the micro-step that has just ended."""
@@ -165,16 +200,33 @@ class BackendTrainer(Trainer):
         if folder:
             state = read_state(Path(folder), rank=self.accelerator.process_index)
             self._check_ranks(folder, int(state.get("ranks", 1)))
-        self._ledger.restore(state, fork=self._fork)
-        if state is not None:
-            self._take_up(state)
+        self._restore(state)
         self._step = int(state["micro_step"]) if state is not None else 0
-        if state is not None and 0 < self.args.max_steps <= state["step"]:
+        if state is not None and state["step"] >= self._steps_in_all():
             # transformers would take one more step, and so consume one more batch, each time it is started again.
             self._load_from_checkpoint(folder)
             self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
             return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=folder or None, **kwargs)
+
+    def _restore(self, state: Mapping[str, Any] | None) -> None:
+        """Bring the log to where the checkpoint is."""
+        lineage, step = (0, 0) if state is None else (int(state["lineage"]), int(state["step"]))
+        # Before the log gives anything up: killed in between, the same call moves what is left, and forks then.
+        forked = self._ledger.lineage_from(state, fork=self._fork)
+        if forked > lineage and self.args.should_save:
+            set_aside(self.args.output_dir, after=step, below=forked)
+        self.accelerator.wait_for_everyone()
+        self._ledger.restore(state, fork=self._fork)
+        self._ledger.drop_evaluations()
+        self._weights.forget()
+        if state is not None:
+            self._take_up(state)
+
+    def _steps_in_all(self) -> float:
+        """After how many optimizer steps training ends."""
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return float("inf") if steps is None else int(steps)
 
     def _own_state(self) -> dict[str, Any]:
         """What else a checkpoint must hold, as plain types."""
@@ -199,6 +251,9 @@ class BackendTrainer(Trainer):
         rank, ranks = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         state = self._ledger.state(self._generation, int(self.state.global_step))
         state |= {"micro_step": self._step, "ranks": ranks, **self._own_state()}
+        if not rank:
+            drop_state(folder)
+        self.accelerator.wait_for_everyone()
         # Not yet: the older checkpoints must stay until this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -224,28 +279,6 @@ class BackendTrainer(Trainer):
                 use_mtime=False,
             )
 
-    def hand_over_weights(self) -> None:
-        """Make the model's weights the policy in force, under the next version unless they are in force already."""
-        weights = self.accelerator.get_state_dict(self.model)
-        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-        version = self._backend.policy_version
-        if self._last_loaded_step < 0:
-            # The first time in this process: after a restart these are usually the weights that are in force.
-            with contextlib.suppress(BadInput):
-                self._backend.update_weights(weights, version)
-                return
-        self._backend.update_weights(weights, version + 1)
-
-
-class _Weights:
-    """What TRL takes for its vLLM client."""
-
-    def __init__(self, trainer: BackendTrainer) -> None:
-        self._trainer = trainer
-
-    def sync_weights(self) -> None:
-        self._trainer.hand_over_weights()
-
 
 class _Used(TrainerCallback):
     """Notes which optimizer step used a generation batch last."""
@@ -257,16 +290,6 @@ class _Used(TrainerCallback):
         self._trainer.note_step(state.global_step + 1)
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint in a trainer's output folder; one that a crash cut short is passed over."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), str(path))
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal() and (path / STATE_FILE).is_file()
-    ]
-    return max(found)[1] if found else None
-
-
 def _distinct(prompt_ids: list[list[int]], generations: int) -> list[list[int]]:
     """Each prompt once, if every one is there `generations` times in a row; else all of them, as they are."""
     groups = [prompt_ids[i : i + generations] for i in range(0, len(prompt_ids), generations)]
@@ -275,39 +298,9 @@ def _distinct(prompt_ids: list[list[int]], generations: int) -> list[list[int]]:
     return prompt_ids
 
 
-def pairs(masked: Any) -> tuple[list[float], list[bool]]:
-    return masked.value_T.tolist(), masked.valid_T.tolist()
-
-
-def conflict(what: str, why: str) -> BadInput:
-    return BadInput(
-        problem(
-            f"{what} and a rollout backend do not go together: {why}",
-            consequence="No trainer was made",
-            remedy="Leave it out",
-        )
-    )
-
-
-def check_version() -> None:
-    if not trl.__version__.startswith(tuple(f"{v}." for v in SUPPORTED)):
-        raise BadInput(
-            problem(
-                f"TRL {trl.__version__} is not one of the supported versions: {', '.join(SUPPORTED)}.x",
-                consequence="No trainer was made: its inside may have moved",
-                remedy=f"pip install 'trl=={SUPPORTED[-1]}.*'",
-            )
-        )
-
-
-def check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, refused: Mapping[str, str]) -> None:
-    """Raises BadInput for what cannot be honoured; before the trainer is made, which may start a vLLM."""
-    check_version()
-    for name, why in refused.items():
-        if kwargs.get(name) is not None:
-            raise conflict(name, why)
-    if kwargs.get("peft_config") is not None:
-        raise conflict("peft_config", "the backend's engine loads whole weights, not adapters")
-    config = kwargs.get("args", next((a for a in args if hasattr(a, "max_completion_length")), None))
-    if getattr(config, "use_vllm", False):
-        raise conflict("use_vllm=True", "to sample with vLLM, give the backend an EngineSpec of the vLLM engine")
+def _forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """What is seeded in here, on every device, is afterwards as it was before: the masks of dropout go on."""
+    if device.type in ("cpu", "mps"):
+        return torch.random.fork_rng(devices=[])
+    devices = range(torch.get_device_module(device.type).device_count())
+    return torch.random.fork_rng(devices=devices, device_type=device.type)

@@ -15,18 +15,22 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import trl
+from numpy.typing import NDArray
 
 from ...backend import FinishedRollout, RolloutBackend
 from ...dataset import Provenance
 from ...errors import BadInput, problem
 from ..facts import Facts, left_out
-from .common import BackendTrainer, check_arguments, conflict
+from ..ledger import Fork
+from .arguments import check_arguments, check_student, conflict
+from .common import BackendTrainer
 
 try:
     from rollout_kernels.linear_divergence import JSD, Divergence, ForwardKL, ReverseKL
+    from rollout_kernels.logprobs import logprobs_from_hidden
     from scoring.client import ScoringClient
     from scoring.items import ScoreItem, Scores, Wanted
-    from scoring.losses import full_vocabulary_loss, opd_loss
+    from scoring.losses import full_vocabulary_loss, masked_importance_loss, opd_advantages
 except ImportError as error:
     from ...errors import MissingExtra
 
@@ -42,11 +46,12 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
     Takes what `trl.DistillationTrainer` takes, except `teacher_model`, and
 
     Args:
-        backend, run, archive, fork: as for `GRPOTrainer`.
+        backend, run, archive, max_staleness, fork: as for `GRPOTrainer`.
         scorer: a client of the scoring service, entered. A checkpoint of the trainer holds which checkpoint each
             teacher had; after a restart another one's scores are refused, unless the client's own `pins` name it.
         route: from a row of the data set to the id of its teacher; None: its column `teacher`.
-        objective: "sampled": on-policy distillation from the teacher's log-probability of each sampled token.
+        objective: "sampled": on-policy distillation from the teacher's log-probability of each sampled token, weighed
+            by how much more likely it has become since it was sampled; beyond a factor of two either way, by 0.
             "full_vocabulary": the exact divergence of each next token, from the teacher's hidden states and LM head:
             the reverse KL, or what TRL's `beta` says.
 
@@ -63,7 +68,8 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         objective: Objective = "sampled",
         run: str = "distillation",
         archive: str | Path | None = None,
-        fork: bool = False,
+        max_staleness: int | None = None,
+        fork: Fork = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(args, kwargs, refused={"teacher_model": "the teachers are behind the scoring service"})
@@ -77,7 +83,7 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
             )
         super().__init__(*args, **kwargs)
         self._divergence = _divergence(objective, float(self.beta))
-        _check_student(self.accelerator.unwrap_model(self.model), objective)
+        check_student(self.accelerator.unwrap_model(self.model))
         self._scorer = scorer
         self._route = route or _teacher_column
         self._router = "column teacher" if route is None else getattr(route, "__qualname__", type(route).__qualname__)
@@ -87,7 +93,7 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         self._last: list[FinishedRollout] = []
         # TRL drops the columns that its own `training_step` does not know; the route may need any of them.
         self.args.remove_unused_columns = False
-        self._use_backend(backend, run, archive, fork, {"objective": objective})
+        self._use_backend(backend, run, archive, fork, max_staleness, {"objective": objective})
 
     @property
     def _generate_every(self) -> int:
@@ -100,11 +106,6 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
     ) -> list[list[int]]:
         if images:
             raise conflict("images in the prompts", "the backend samples text only")
-        if self.tools:
-            raise conflict("TRL's tools", "they would be called again after a crash; use the backend's episodes")
-        if self.state.global_step != self._last_loaded_step:
-            self.hand_over_weights()
-            self._last_loaded_step = self.state.global_step
         self._last = self._collect(prompt_ids, 1)
         # TRL cannot hold an empty completion; nothing is learnt from what stands for one.
         return [r.tokens.tolist() or [int(self._tokenizer.pad_token_id)] for r in self._last]
@@ -116,7 +117,11 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         scores = self._score(self._last, teachers)
         if self.model.training:
             self._facts = {
-                r.id: Facts(teachers=(teacher,), router=self._router, left_out=_unscored(r, score))
+                r.id: Facts(
+                    teachers=(teacher,),
+                    router=self._router,
+                    left_out=left_out(r.output.sampled_T, self._used(r, score)),
+                )
                 for r, teacher, score in zip(self._last, teachers, scores, strict=True)
             }
         output |= self._columns(output["completion_ids"], teachers, scores)
@@ -152,19 +157,29 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
             found[order[index]] = answer
         return found
 
+    def _used(self, rollout: FinishedRollout, score: Scores | None) -> NDArray[np.bool_]:
+        """[T]: which tokens are learnt from."""
+        output = rollout.output
+        used_T = output.sampled_T & self._fresh(rollout) & (False if score is None else score.valid)
+        if self._objective == "sampled":
+            used_T &= output.sampling_logprob.valid_T
+        return used_T
+
     def _columns(self, completion_ids_BC: Any, teachers: list[str], scores: list[Scores | None]) -> dict[str, Any]:
         rows, width = completion_ids_BC.shape
         mask_BC = np.zeros((rows, width), np.bool_)
         logprobs_BC = np.zeros((rows, width), np.float32)
+        sampling_BC = np.zeros((rows, width), np.float32)
         widths = [0 if s is None or s.hidden_states is None else s.hidden_states.shape[1] for s in scores]
         hidden_BCH = np.zeros((rows, width, max(widths)), np.uint16)
         for row, (rollout, score) in enumerate(zip(self._last, scores, strict=True)):
             if score is None:
                 continue
             length = len(rollout.tokens)
-            mask_BC[row, :length] = rollout.output.sampled_T & score.valid
+            used_T = mask_BC[row, :length] = self._used(rollout, score)
             assert score.logprobs is not None
             logprobs_BC[row, :length] = np.where(score.valid, score.logprobs, 0.0)
+            sampling_BC[row, :length] = np.where(used_T, rollout.output.sampling_logprob.value_T, 0.0)
             if score.hidden_states is not None:
                 hidden_BCH[row, :length, : score.hidden_states.shape[1]] = score.hidden_states
         self._teachers += sorted(set(teachers) - set(self._teachers))
@@ -172,6 +187,7 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         columns = {
             "scored_mask": torch.from_numpy(mask_BC).to(device),
             "teacher_logprobs": torch.from_numpy(logprobs_BC).to(device),
+            "sampling_logprobs": torch.from_numpy(sampling_BC).to(device),
             "teacher_index": torch.tensor([self._teachers.index(t) for t in teachers], device=device),
         }
         if self._objective == "full_vocabulary":
@@ -190,19 +206,28 @@ class DistillationTrainer(BackendTrainer, trl.DistillationTrainer):
         hidden_BCH = self._get_last_hidden_state(
             unwrapped_student, input_ids, attention_mask, completion_ids_BC.size(1)
         )
-        head = unwrapped_student.get_output_embeddings()
+        head = unwrapped_student.get_output_embeddings().weight
         count = num_items_in_batch if num_items_in_batch is not None else mask_BC.sum().clamp(min=1)
-        # Over the whole vocabulary the loss rebuilds logits in pieces: these are for the metric, without a graph.
+        # In pieces: the logits of a micro-batch are never there at once. Over the whole vocabulary the loss does the
+        # same by itself, and this is for the metric, without a graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._objective == "sampled"):
-            logprobs_BCV = (head(hidden_BCH).float() / (float(self.temperature) or 1.0)).log_softmax(-1)
-        with torch.no_grad():
-            entropy = (-(logprobs_BCV.exp() * logprobs_BCV).sum(-1) * mask_BC).sum()
+            student = logprobs_from_hidden(
+                hidden_BCH[mask_BC],
+                head,
+                completion_ids_BC[mask_BC],
+                temperature=float(self.temperature) or 1.0,
+                entropy=True,
+            )
+        assert student.entropy is not None
         if self._objective == "sampled":
-            logprobs_BC = logprobs_BCV.gather(-1, completion_ids_BC.unsqueeze(-1)).squeeze(-1)
-            loss = opd_loss(logprobs_BC, inputs["teacher_logprobs"], mask_BC, normalizer=count)
+            logprobs_BC = student.logprob.new_zeros(mask_BC.shape).masked_scatter(mask_BC, student.logprob)
+            advantages_BC = opd_advantages(inputs["teacher_logprobs"], logprobs_BC, mask_BC)
+            # What was drawn greedily was not drawn from a distribution: there is none to correct for.
+            sampling_BC = inputs["sampling_logprobs"] if self.temperature else logprobs_BC.detach()
+            loss = masked_importance_loss(logprobs_BC, sampling_BC, advantages_BC, mask_BC, normalizer=count)
         else:
-            loss = self._full_vocabulary(hidden_BCH, head.weight, inputs, count)
-        return loss, entropy.detach(), mask_BC.sum()
+            loss = self._full_vocabulary(hidden_BCH, head, inputs, count)
+        return loss, student.entropy.detach().sum(), mask_BC.sum()
 
     def _full_vocabulary(self, hidden_BCH: Any, head: Any, inputs: Any, count: Any) -> Any:
         """Each teacher's samples against its own head; the sum of them over all tokens."""
@@ -247,38 +272,6 @@ def _divergence(objective: Objective, beta: float) -> Divergence | None:
             raise conflict(f"beta={beta} with objective='sampled'", "sampled tokens estimate the reverse KL alone")
         return None
     return ReverseKL() if beta == 1.0 else ForwardKL() if beta == 0.0 else JSD(beta)
-
-
-def _check_student(model: Any, objective: Objective) -> None:
-    """The student's logits are computed here, from its last hidden states and its head and nothing else."""
-    config = model.config.get_text_config()
-    found = [
-        f"{name}={value}"
-        for name in (
-            "final_logit_softcapping",
-            "logit_scale",
-            "logits_scaling",
-            "output_multiplier",
-            "lm_head_multiplier",
-        )
-        if (value := getattr(config, name, None)) not in (None, 1.0)
-    ]
-    if objective == "full_vocabulary" and getattr(model.get_output_embeddings(), "bias", None) is not None:
-        found.append("a bias of the LM head")
-    if found:
-        raise BadInput(
-            problem(
-                f"the student changes its logits after its head: {', '.join(found)}",
-                consequence="No trainer was made; it would have been compared with its teachers by other numbers than "
-                "those it samples from",
-                remedy="Distill into a model without that, or compute the loss in a loop of your own with gkd_loss",
-            )
-        )
-
-
-def _unscored(rollout: FinishedRollout, score: Scores | None) -> tuple[tuple[int, int], ...]:
-    sampled_T = rollout.output.sampled_T
-    return left_out(sampled_T, sampled_T & (False if score is None else score.valid))
 
 
 def _teacher_column(row: Mapping[str, Any]) -> str:

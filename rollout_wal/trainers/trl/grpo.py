@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import trl
 
 from ...backend import FinishedRollout, RolloutBackend
 from ..facts import Facts, left_out
-from .common import BackendTrainer, check_arguments, conflict, pairs
+from ..ledger import Fork
+from .arguments import check_arguments, conflict
+from .common import BackendTrainer
 
 
 class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
@@ -24,9 +25,11 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
         run: names this run in the backend's job; another name starts another run.
         archive: a dataset folder that keeps each consumed rollout with its reward and the step that used it; of a
             distributed run, one folder in it for each rank, rank-0 and so on.
-        max_staleness: leave tokens out of the loss whose policy version is more than so many versions old; None: none.
-            What this removes is logged as `rollouts/stale_share`.
-        fork: resuming from a checkpoint older than the log: sample anew instead of refusing.
+        max_staleness: leave tokens out of the loss that are more than so many versions older than the policy of their
+            batch; None: none. What this removes is logged as `rollouts/stale_share`.
+        fork: resuming from a checkpoint older than the log: sample anew instead of refusing. Started again from the
+            same checkpoint, the fork goes on; once it has a checkpoint of its own, this one is refused, and "again"
+            gives it up, too. Checkpoints that a fork leaves behind move to `lineage-N` in the output folder.
 
     Raises:
         BadInput: options that cannot be honoured together; the message says which.
@@ -39,14 +42,15 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
         run: str = "grpo",
         archive: str | Path | None = None,
         max_staleness: int | None = None,
-        fork: bool = False,
+        fork: Fork = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(args, kwargs, refused={"rollout_func": "the rollouts come from the backend"})
         super().__init__(*args, **kwargs)
-        self._max_staleness = max_staleness
         self.rollout_func = self._rollouts
-        self._use_backend(backend, run, archive, fork, {"reward_functions": list(self.reward_func_names)})
+        self._last: list[FinishedRollout] = []
+        extras = {"reward_functions": list(self.reward_func_names)}
+        self._use_backend(backend, run, archive, fork, max_staleness, extras)
 
     @property
     def _generate_every(self) -> int:
@@ -56,13 +60,11 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
         prompt_ids, images, _ = self._tokenize_prompts(prompts)
         if images:
             raise conflict("images in the prompts", "the backend samples text only")
-        rollouts = self._collect(prompt_ids, self.num_generations if self.model.training else self.num_generations_eval)
-        return self._columns(prompt_ids, rollouts)
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        self._last = self._collect(prompt_ids, generations)
+        return self._columns(prompt_ids, self._last)
 
     def _columns(self, prompt_ids: list[list[int]], rollouts: list[FinishedRollout]) -> dict[str, list[Any]]:
-        newest = self._backend.policy_version
-        verifier = ", ".join(self.reward_func_names)
-        facts = {}
         rows: dict[str, list[Any]] = {
             name: []
             for name in (
@@ -73,14 +75,15 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
         for prompt, rollout in zip(prompt_ids, rollouts, strict=True):
             output = rollout.output
             used = output.sampled_T & output.sampling_logprob.valid_T & (rollout.censored is None)
-            if self._max_staleness is not None:
-                used = used & (newest - output.version_T <= self._max_staleness)
-            facts[rollout.id] = Facts(verifier, left_out=left_out(output.sampled_T, used))
-            logprobs = [float(v) if ok else None for v, ok in zip(*pairs(output.sampling_logprob), strict=True)]
+            used = used & self._fresh(rollout)
+            sampled = output.sampling_logprob
+            known = zip(sampled.value_T.tolist(), sampled.valid_T.tolist(), strict=True)
+            logprobs = [float(value) if valid else None for value, valid in known]
             tokens, versions = output.token_T.tolist(), output.version_T.tolist()
             mask = used.astype(int).tolist()
             if not tokens:  # censored before its first token; TRL cannot hold an empty completion
-                tokens, versions, mask, logprobs = [int(self._tokenizer.pad_token_id)], [newest], [0], [None]
+                tokens, versions = [int(self._tokenizer.pad_token_id)], [self._policy_version(rollout)]
+                mask, logprobs = [0], [None]
             rows["prompt_ids"].append(list(prompt))
             rows["completion_ids"].append(tokens)
             rows["logprobs"].append(logprobs)
@@ -89,27 +92,30 @@ class GRPOTrainer(BackendTrainer, trl.GRPOTrainer):
             rows["policy_versions"].append(versions)
             rows["interruptions"].append(rollout.interruptions)
             rows["censored"].append(rollout.censored)
-        if self.model.training:
-            self._facts = facts
         return rows
-
-    def _measure(self, mode: str, rollouts: list[FinishedRollout]) -> None:
-        super()._measure(mode, rollouts)
-        if self._max_staleness is not None:
-            newest = self._backend.policy_version
-            age_T = np.concatenate([newest - r.output.version_T[r.output.sampled_T] for r in rollouts])
-            stale = float(np.mean(age_T > self._max_staleness)) if len(age_T) else 0.0
-            self._metrics[mode]["rollouts/stale_share"].append(stale)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """As in TRL. A trainer that starts in the middle of a generation batch has weights that are newer than the
         batch: what TRL computes with them is not the old policy. The log has what was sampled with."""
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self._step % self._generate_every and "importance_sampling_ratio" in output:
+        if not self.model.training:
+            return output
+        self._facts = self._left_out(output)
+        if self._step % self._generate_every and "old_per_token_logps" in output:
             sampled, computed = output["sampling_per_token_logps"], output["old_per_token_logps"]
             output["old_per_token_logps"] = torch.where(sampled.isnan(), computed, sampled)
-            output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
+            if "importance_sampling_ratio" in output:  # between two policies that are now one
+                output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
         return output
+
+    def _left_out(self, output: Any) -> dict[int, Facts]:
+        """By rollout id: what the loss will not see, by the masks here and by those that TRL has put on top."""
+        verifier = ", ".join(self.reward_func_names)
+        used_BC = (output["completion_mask"] * output["tool_mask"]).bool().cpu().numpy()
+        return {
+            r.id: Facts(verifier, left_out=left_out(r.output.sampled_T, used_C[: len(r.tokens)]))
+            for r, used_C in zip(self._last, used_BC, strict=True)
+        }
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         """As in TRL; a censored rollout is not scorable."""
