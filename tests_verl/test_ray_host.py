@@ -217,6 +217,7 @@ def test_what_ray_sets_aside_is_shared_out() -> None:
     assert shared_out(["0", "1", "4", "5"], 2) == ["0,1", "4,5"]
     assert shared_out([2, 3], 2) == ["2", "3"]
     assert shared_out(["0", "1"], 1) is None
+    assert shared_out(["3"], 2) is None
     assert shared_out([], 8) is None
     with pytest.raises(BadInput, match="num_gpus=3 for 2 workers"):
         shared_out(["0", "1", "2"], 2)

@@ -53,6 +53,22 @@ def _once(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensors[name].detach().contiguous().cpu() for name in first.values()}
 
 
+def same_weights(tensors: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a model folder holds exactly these tensors. Of those that share memory, it need hold one."""
+    import torch
+    from safetensors import safe_open
+
+    found: set[int] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                mine, saved = tensors.get(name), file.get_tensor(name)
+                if mine is None or mine.dtype != saved.dtype or not torch.equal(mine.detach().cpu(), saved):
+                    return False
+                found.add(mine.data_ptr())
+    return bool(found) and all(t.data_ptr() in found for t in tensors.values())
+
+
 def drop_weights(parent: Path, version: int, *, keep: str) -> None:
     """Delete the folders in `parent` of versions up to the one in force, but its own: nothing will load them again."""
     for folder in parent.glob("[0-9]*.*") if parent.is_dir() else ():

@@ -28,7 +28,9 @@ PATIENCE_S = 200.0
 
 
 def generate(backend: RolloutBackend, prompts: Any, cohort: str = "c", **more: Any) -> dict[int, Any]:
-    return {r.index: r for r in backend.generate(prompts[:4], more.pop("sampling", SAMPLING), cohort=cohort, **more)}
+    """With the same noise for every cohort: they are compared."""
+    sampling = more.pop("sampling", SAMPLING)
+    return {r.index: r for r in backend.generate(prompts[:4], sampling, seed=0, cohort=cohort, **more)}
 
 
 def test_string_stops_cut_what_the_engine_ran_past_and_restarts_repeat_nothing(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from rollout_wal.backend import FinishedRollout, RolloutBackend
+from rollout_wal.backend.weights import same_weights
 from rollout_wal.errors import BadInput
 from rollout_wal.params import SamplingParams
 from rollout_wal.testing.tiny_models import make_tiny_model
@@ -26,7 +27,6 @@ from rollout_wal.trainers.ledger import STATE_FILE
 from rollout_wal.trainers.trl import GRPOTrainer, last_checkpoint
 from rollout_wal.trainers.trl.checkpoints import set_aside
 from rollout_wal.trainers.trl.common import _forked_rng
-from rollout_wal.trainers.trl.weights import same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
 

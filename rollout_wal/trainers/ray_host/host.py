@@ -12,9 +12,11 @@ from numpy.typing import ArrayLike
 
 from ...backend import FinishedRollout, RolloutBackend
 from ...backend.spec import EngineSpec
+from ...backend.weights import same_weights
 from ...engines.base import EngineInfo
 from ...errors import BadInput, CheckpointMismatch, MissingExtra, problem
 from ...params import SamplingParams
+from ...records import Policy
 from ...wal import Balance, CohortCount
 from ..ledger import fresh_cohort
 from . import checkpoints
@@ -30,12 +32,13 @@ except ImportError as error:
 
 
 def shared_out(devices: Sequence[object], workers: int) -> list[str] | None:
-    """What Ray has set aside for the actor, in equal parts for its workers; None where nothing is to be shared out.
+    """What Ray has set aside for the actor, in equal parts for its workers; None where nothing is to be shared out, or
+    one device is for all of them.
 
     Raises:
         BadInput: they cannot be shared out evenly.
     """
-    if workers < 2 or not devices:
+    if workers < 2 or len(devices) < 2:
         return None
     each, rest = divmod(len(devices), workers)
     if rest:
@@ -47,6 +50,11 @@ def shared_out(devices: Sequence[object], workers: int) -> list[str] | None:
             )
         )
     return [",".join(map(str, devices[i * each : (i + 1) * each])) for i in range(workers)]
+
+
+def _is_in_force(source: str | Mapping[str, Any], policy: Policy) -> bool:
+    folder = Path(policy.source)
+    return same_weights(source, folder) if isinstance(source, Mapping) else Path(source).resolve() == folder
 
 
 class RolloutHost:
@@ -277,15 +285,12 @@ class RolloutHost:
         Returns:
             The policy version in force.
         """
-        version = await asyncio.to_thread(lambda: self._backend.policy_version)
+        policy = await asyncio.to_thread(lambda: self._backend.policy)
+        # The first time in this process: this call may be the second one, or the trainer has been started again.
+        # Compared here: the backend can only find out by loading them, and kills workers that hold others.
         first, self._handed_over = not self._handed_over, True
-        try:
-            # The first time in this process: this call may be the second one, or the trainer has been started again.
-            await asyncio.to_thread(self._backend.update_weights, source, version if first else version + 1)
-        except BadInput:
-            if not first:
-                raise
-            await asyncio.to_thread(self._backend.update_weights, source, version + 1)
+        if not (first and await asyncio.to_thread(_is_in_force, source, policy)):
+            await asyncio.to_thread(self._backend.update_weights, source, policy.version + 1)
         version = await asyncio.to_thread(lambda: self._backend.policy_version)
         if label is not None:
             await asyncio.to_thread(self._labels.set, version, label)

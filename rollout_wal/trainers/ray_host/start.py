@@ -19,6 +19,9 @@ except ImportError as error:
 #: The actor's name, if none is given.
 DEFAULT_NAME: Final = "rollout-wal"
 
+#: An actor that is up answers at once; one that died while it started is known to be dead at once.
+_ANSWERS_S: Final = 10.0
+
 #: By namespace and name, what this process has started or found. Ray ends an actor that is not detached when the handle
 #: of the call that started it is collected, and does not count those that were looked up by name.
 _kept: dict[tuple[str, str], Any] = {}
@@ -79,15 +82,21 @@ def start_host(
 
 
 def _make_room(name: str, namespace: str | None) -> None:
-    """An actor that failed while it started is dead for good, and keeps its name as long as anybody has its handle."""
+    """An actor that failed while it started, or whose node is gone, is dead for good, and keeps its name as long as
+    anybody has its handle. One that does not answer in time is at its start, or waits for its resources."""
     try:
         found = ray.get_actor(name, namespace=namespace)
-        ray.get(found.pid.remote())
     except ValueError:
         return
-    except ray.exceptions.RayActorError:
+    try:
+        ray.get(found.pid.remote(), timeout=_ANSWERS_S)
+    except ray.exceptions.GetTimeoutError:
+        return
+    except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
         ray.kill(found, no_restart=True)
-        _kept.pop((namespace or ray.get_runtime_context().namespace, name), None)
+        place = (namespace or ray.get_runtime_context().namespace, name)
+        if (kept := _kept.get(place)) is not None and kept._actor_id == found._actor_id:
+            del _kept[place]
 
 
 def get_host(name: str = DEFAULT_NAME, namespace: str | None = None) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...backend import RolloutBackend
+from ...backend.weights import same_weights
 
 
 class Weights:
@@ -52,18 +52,3 @@ class Weights:
     def forget(self) -> None:
         """The trainer's weights may be others than after its last step."""
         self._step = None
-
-
-def same_weights(tensors: Mapping[str, Tensor], folder: Path) -> bool:
-    """Whether a model folder holds exactly these tensors. Of those that share memory, it need hold one."""
-    from safetensors import safe_open
-
-    found: set[int] = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                mine, saved = tensors.get(name), file.get_tensor(name)
-                if mine is None or mine.dtype != saved.dtype or not torch.equal(mine.detach().cpu(), saved):
-                    return False
-                found.add(mine.data_ptr())
-    return bool(found) and all(t.data_ptr() in found for t in tensors.values())
