@@ -24,13 +24,18 @@ def support_overlap(
     """|Top_k(S) ∩ Top_k(T)| / k of each token, on prefixes that the student visited.
 
     Args:
-        student_top_Tk, teacher_top_Tk: ids [T, k], distinct within a token.
+        student_top_Tk, teacher_top_Tk: ids [T, k], distinct within a token; negative ones are padding.
+
+    Returns:
+        [T]; where a token has fewer than k ids, the longer of its two lists is divided by; NaN if both are empty.
     """
     if student_top_Tk.shape != teacher_top_Tk.shape or student_top_Tk.ndim != 2 or student_top_Tk.shape[1] == 0:
         raise _bad_shape("student_top_Tk", student_top_Tk.shape, "teacher_top_Tk", teacher_top_Tk.shape)
     both = np.sort(np.concatenate((student_top_Tk, teacher_top_Tk), axis=1), axis=1)
-    shared: NDArray[np.float64] = (both[:, 1:] == both[:, :-1]).sum(axis=1) / student_top_Tk.shape[1]
-    return shared
+    shared_T = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(axis=1)
+    length_T = np.maximum((student_top_Tk >= 0).sum(axis=1), (teacher_top_Tk >= 0).sum(axis=1))
+    share_T: NDArray[np.float64] = np.where(length_T > 0, shared_T / np.maximum(length_T, 1), np.nan)
+    return share_T
 
 
 def teacher_conflict(logprobs_KTV: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -40,10 +45,23 @@ def teacher_conflict(logprobs_KTV: NDArray[np.floating[Any]]) -> NDArray[np.floa
 
     Args:
         logprobs_KTV: log-probabilities over the same outcomes for all teachers: the whole vocabulary, or caller-chosen
-            candidates. What they leave of 1 is one more outcome.
+            candidates. What they leave of 1 is one more outcome. −inf is a probability of 0.
+
+    Raises:
+        BadRequest: a NaN, or a value that is no log-probability because it is above 0.
     """
     if logprobs_KTV.ndim != 3 or logprobs_KTV.shape[0] < 2:
         raise _bad_shape("logprobs_KTV", logprobs_KTV.shape, "at least two teachers", "[K, T, V]")
+    bad = np.argwhere(~(logprobs_KTV <= 1e-3))  # above 0 by rounding is none
+    if len(bad):
+        index = bad[0].tolist()
+        raise BadRequest(
+            problem(
+                f"logprobs_KTV holds {logprobs_KTV[tuple(index)]} at index {index}, which is no log-probability",
+                consequence=REFUSED,
+                remedy="Pass natural logarithms of probabilities, and leave out tokens that a teacher did not score",
+            )
+        )
     p = np.exp(logprobs_KTV.astype(np.float64))
     rest = np.clip(1.0 - p.sum(-1, keepdims=True), 0.0, None)
     p = np.concatenate((p, rest), axis=-1)

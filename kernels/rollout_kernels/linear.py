@@ -27,13 +27,20 @@ _TILE_ELEMENTS = 1 << 20
 
 
 class WeightCache:
-    """Dequantised weights, each kept until what it was made from changes: by loading, moving or writing."""
+    """Dequantised weights, each kept until what it was made from changes: by loading, moving or writing.
+
+    Tensors made in inference mode do not say when they are written to: what is made from them is not kept.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Hashable, Tensor]] = {}
 
     def get(self, place: Hashable, packed: MXFP4, dtype: torch.dtype) -> Tensor:
         """The dequantised weight of `place`, made anew if the one that is kept is of another origin or dtype."""
+        if packed.blocks.is_inference() or packed.scales.is_inference():
+            self._kept.pop(place, None)
+            with torch.inference_mode(False):
+                return dequantize(packed, dtype)
         made_from = (packed.blocks.data_ptr(), packed.blocks._version, packed.scales._version, packed.device, dtype)
         kept = self._kept.get(place)
         if kept is None or kept[0] != made_from:
@@ -131,7 +138,7 @@ class _PackedLinear(torch.autograd.Function):
         ctx.packed = packed
         if x_MK.is_cuda and x_MK.shape[0] > FEW_ROWS:
             return torch.mm(x_MK, dequantize(packed, x_MK.dtype).T)
-        if has_gpu_kernels(x_MK):
+        if has_gpu_kernels(x_MK) and x_MK.dtype != torch.float64:  # the kernel sums in float32
             from .triton.linear import few_rows_linear
 
             return few_rows_linear(x_MK, packed)

@@ -87,8 +87,9 @@ def multi_teacher_advantages(
 
     Args:
         teacher_logprobs_KBT: floating [K, B, T].
-        weights: floating [K]; [K, B], one set for each sequence; or [K, B, T], one for each token. 0 leaves a teacher
-            out, and what stands in its log-probabilities is then not read.
+        weights: floating [K]; [K, B], one set for each sequence; or [K, B, T], one for each token; finite and not
+            negative wherever the mask is True. 0 leaves a teacher out, and what stands in its log-probabilities is
+            then not read.
         mask: bool [B, T], or [K, B, T] where teachers scored different tokens: what one did not score adds nothing.
 
     Returns:
@@ -98,18 +99,25 @@ def multi_teacher_advantages(
     require_shape("teacher_logprobs", teacher_logprobs_KBT, (None, None, None), "teachers come first")
     each = mask if mask.dim() == 3 else mask.expand(count, *mask.shape)
     require_shape("mask", each, (count, *tokens), f"teacher_logprobs has shape {list(teacher_logprobs_KBT.shape)}")
-    if list(weights.shape) not in ([count, *tokens][:n] for n in (1, 2, 3)) or bool((weights < 0).any()):
+    if list(weights.shape) not in ([count, *tokens][:n] for n in (1, 2, 3)):
         raise BadTensor(
             problem(
-                f"weights has shape {list(weights.shape)} for {count} teachers of {tokens} tokens, or holds a negative "
-                "weight",
+                f"weights has shape {list(weights.shape)} for {count} teachers of {tokens} tokens",
                 consequence=REFUSED,
-                remedy="Pass [K], [K, B] or [K, B, T], none negative",
+                remedy="Pass [K], [K, B] or [K, B, T]",
             )
         )
     if not count:
         raise BadTensor(problem("there are no teachers", consequence=REFUSED, remedy="Pass at least one"))
     weights_KBT = weights.detach().reshape(*weights.shape, *[1] * (3 - weights.dim())).expand(count, *tokens)
+    if bool((each & ~((weights_KBT >= 0) & torch.isfinite(weights_KBT))).any()):
+        raise BadTensor(
+            problem(
+                "weights holds a negative weight, an infinity or NaN where the mask is True",
+                consequence=REFUSED,
+                remedy="Pass finite weights of 0 or more; 0 leaves a teacher out",
+            )
+        )
     total = torch.zeros_like(checked("student_logprobs", student_logprobs_BT, each.any(0))).detach()
     for teacher_BT, weight_BT, mask_BT in zip(teacher_logprobs_KBT, weights_KBT, each):
         used = mask_BT & (weight_BT > 0)

@@ -43,12 +43,18 @@ def gkd_loss(
 
     Args:
         student_logits: floating [B, T, Vs].
-        teacher_logits: floating [B, T, Vt], constants; −inf excludes a token.
+        teacher_logits: floating [B, T, Vt], constants. On either side −inf excludes a token, and so does a
+            log-probability of −10,000 or less. What both exclude adds nothing.
         beta: in [0, 1].
+
+    Raises:
+        BadTensor: a divergence that is infinite: at β = 1 the teacher excludes what the student does not, at β = 0 the
+            other way round.
     """
     require_positive("temperature", temperature)
     _require_beta(beta)
     student, teacher = _log_softmax_pair(student_logits, teacher_logits, mask_BT, temperature)
+    _refuse_infinite(student, teacher, beta, mask_BT)
     return reduce_tokens(_scatter(_jsd(student, teacher, beta), mask_BT), mask_BT, reduction, normalizer)
 
 
@@ -98,6 +104,9 @@ def local_support_loss(
         support_ids: integer [B, T, K], distinct within a token; −1 is no token.
         teacher_logprobs: floating [B, T, K], over the teacher's whole vocabulary at the same temperature; what stands
             beside −1 is not read.
+
+    Raises:
+        BadTensor: among others, at β = 0, a token of the support that the student excludes: see `gkd_loss`.
     """
     require_positive("temperature", temperature)
     _require_beta(beta)
@@ -108,10 +117,10 @@ def local_support_loss(
     require_shape("student_logits", student_logits, (*mask_BT.shape, None), f"mask has shape {list(mask_BT.shape)}")
     require_shape("support_ids", support_ids, (*mask_BT.shape, None), f"mask has shape {list(mask_BT.shape)}")
     require_shape("teacher_logprobs", teacher_logprobs, tuple(support_ids.shape), "one for each id of the support")
-    ids_NK, logits_NV = support_ids[mask_BT].long(), _wide(student_logits[mask_BT]).clamp(min=ABSENT)
-    require_finite("student_logits", logits_NV)
+    ids_NK = support_ids[mask_BT].long()
+    logprobs_NV = _log_softmax("student_logits", _wide(student_logits[mask_BT]), temperature)
     absent = ids_NK < 0
-    vocabulary = logits_NV.shape[-1]
+    vocabulary = logprobs_NV.shape[-1]
     if ids_NK.numel() and (int(ids_NK.max()) >= vocabulary or bool(absent.all(-1).any())):
         raise BadTensor(
             problem(
@@ -121,10 +130,10 @@ def local_support_loss(
                 remedy="Mask tokens without a support; leave out ids that the student does not have",
             )
         )
-    teacher_NK = teacher_logprobs.detach()[mask_BT].to(logits_NV.dtype).masked_fill(absent, ABSENT)
+    teacher_NK = teacher_logprobs.detach()[mask_BT].to(logprobs_NV.dtype).masked_fill(absent, ABSENT)
     check_top_k(TopK(ids_NK, teacher_NK))
-    logprobs_NV = torch.log_softmax(logits_NV / temperature, -1)
     student_NK = logprobs_NV.gather(-1, ids_NK.clamp(min=0)).masked_fill(absent, ABSENT)
+    _refuse_infinite(student_NK, teacher_NK, beta, mask_BT)
     if outside == "bucket":
         full = ((~absent).sum(-1) == vocabulary).unsqueeze(-1)
         # Summed over what is left, not 1 − Σ: where the tail is thin, the difference would be all rounding.
@@ -160,10 +169,11 @@ def full_vocabulary_loss(
     Args:
         student_hidden: floating [B, T, Hs], after the final norm; student_head [Vs, Hs].
         teacher_hidden: floating [B, T, Ht], constants, as a scoring service returns them; teacher_head [Vt, Ht],
-            dense or packed, from `GetTeacherHead`.
+            dense or packed, from `GetTeacherHead`. It may be the student's own head: as the teacher's it is a constant.
         divergence: `ReverseKL()`, `ForwardKL()` or `JSD(beta)` of `rollout_kernels.linear_divergence`.
     """
-    teacher = HiddenStates(teacher_hidden.detach(), teacher_head)
+    constant_head = teacher_head.detach() if isinstance(teacher_head, Tensor) else teacher_head
+    teacher = HiddenStates(teacher_hidden.detach(), constant_head)
     values = linear_divergence_per_token(
         student_hidden, student_head, teacher, divergence, temperature=temperature, mask=mask_BT
     )
@@ -190,10 +200,39 @@ def _log_softmax_pair(student: Tensor, teacher: Tensor, mask_BT: Tensor, tempera
     common = min(student.shape[-1], teacher.shape[-1])
     student_NV = _wide(student[mask_BT][:, :common])
     teacher_NV = teacher.detach()[mask_BT][:, :common].to(student_NV.dtype)
-    require_finite("student_logits", student_NV.clamp(min=ABSENT))
-    require_finite("teacher_logits", teacher_NV.clamp(min=ABSENT))
-    student_NV = torch.log_softmax(student_NV.clamp(min=ABSENT) / temperature, -1)
-    return student_NV, torch.log_softmax(teacher_NV.clamp(min=ABSENT) / temperature, -1)
+    student_NV = _log_softmax("student_logits", student_NV, temperature)
+    return student_NV, _log_softmax("teacher_logits", teacher_NV, temperature)
+
+
+def _log_softmax(name: str, logits_NV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities, those of excluded tokens ABSENT.
+
+    Raises:
+        BadTensor: NaN, +∞, or a token for which everything is excluded.
+    """
+    require_finite(name, logits_NV.clamp(min=ABSENT))
+    logprobs_NV = torch.log_softmax(logits_NV / temperature, -1).clamp(min=ABSENT)
+    require_finite(f"the log-softmax of {name}", logprobs_NV)
+    return logprobs_NV
+
+
+def _refuse_infinite(student_NV: Tensor, teacher_NV: Tensor, beta: float, mask_BT: Tensor) -> None:
+    """Raises BadTensor where KL(S‖T) (β = 1) or KL(T‖S) (β = 0) is infinite; in between nothing is."""
+    if 0.0 < beta < 1.0:
+        return
+    excluded_S, excluded_T = student_NV <= ABSENT, teacher_NV <= ABSENT
+    bad_N = ((excluded_T & ~excluded_S) if beta == 1.0 else (excluded_S & ~excluded_T)).any(-1)
+    if bool(bad_N.any()):
+        index = mask_BT.nonzero()[int(bad_N.to(torch.uint8).argmax())].tolist()
+        one, other = ("teacher", "student") if beta == 1.0 else ("student", "teacher")
+        raise BadTensor(
+            problem(
+                f"the divergence of token {index} is infinite at beta={beta}: the {one} excludes what the {other} does "
+                "not",
+                consequence=REFUSED,
+                remedy="Mask the token, exclude the same on both sides, or use a beta between 0 and 1",
+            )
+        )
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -50,15 +50,22 @@ def reduce_tokens(
     """One number from per-token losses.
 
     Args:
-        values_BT: floating [B, T] ([T] counts as one sequence), 0 where masked.
+        values_BT: floating [B, T] ([T] counts as one sequence).
         mask_BT: bool, of the same shape.
         reduction: how; see `Reduction`.
-        normalizer: divide the sum over all tokens by this instead, whatever the reduction: the tokens of all ranks, or
-            B · T_max for a mean whose weight does not depend on how long a sequence is (Dr. GRPO, arXiv:2503.20783).
+        normalizer: divide the sum over all tokens by this instead, whatever the reduction: B · T_max for a mean whose
+            weight does not depend on how long a sequence is (Dr. GRPO, arXiv:2503.20783), or the tokens of all ranks.
+            Where gradients are averaged over ranks, as DDP and FSDP do, that is the tokens of all ranks divided by the
+            number of ranks.
 
     Returns:
-        scalar; 0, with zero gradients, if nothing counts.
+        scalar; 0, with zero gradients, if nothing counts, whatever the normalizer.
+
+    Raises:
+        BadTensor: values and a mask that do not fit. BadOption: an unknown reduction, or a normalizer that is negative,
+        not finite, or 0 although tokens count. One on a GPU is not looked at, which would wait for the GPU.
     """
+    values_BT = checked("values", values_BT, mask_BT, finite=False)
     if reduction not in ("token_mean", "sequence_mean", "sum"):
         raise BadOption(
             problem(
@@ -68,7 +75,7 @@ def reduce_tokens(
             )
         )
     if normalizer is not None:
-        return values_BT.sum() / normalizer
+        return values_BT.sum() / _divisor(normalizer, mask_BT)
     if reduction == "sum":
         return values_BT.sum()
     counts_B = mask_BT.sum(-1)
@@ -76,6 +83,26 @@ def reduce_tokens(
         return values_BT.sum() / counts_B.sum().clamp(min=1)
     means_B = values_BT.sum(-1) / counts_B.clamp(min=1)
     return means_B.sum() / (counts_B > 0).sum().clamp(min=1)
+
+
+def _divisor(normalizer: float | Tensor, mask_BT: Tensor) -> float | Tensor:
+    """The normalizer, or 1 if nothing counts: 0 / 0 would be NaN."""
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().reshape(())
+        if normalizer.device.type != "cpu":
+            return torch.where(mask_BT.any(), normalizer, 1)
+        normalizer = normalizer.item()
+    if 0.0 < normalizer < float("inf"):
+        return normalizer
+    if normalizer == 0.0 and not bool(mask_BT.any()):
+        return 1.0
+    raise BadOption(
+        problem(
+            f"normalizer={normalizer!r} is out of range",
+            consequence=REFUSED,
+            remedy="Pass a finite number > 0; 0 only where the mask is False everywhere",
+        )
+    )
 
 
 def require_band(low_name: str, low: float, high_name: str, high: float) -> None:

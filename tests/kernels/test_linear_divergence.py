@@ -27,6 +27,7 @@ from rollout_kernels.linear_divergence import (
     linear_divergence,
     linear_divergence_per_token,
 )
+from rollout_kernels.linear_divergence.heads import Head
 from rollout_kernels.linear_divergence.reference import full_divergence, top_k_divergence
 from rollout_kernels.mxfp4 import dequantize, quantize
 from rollout_kernels.peak_memory import peak_bytes
@@ -280,6 +281,45 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(h.grad.float(), w.grad, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("trained", [(0,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_a_loss_scale_saves_float16_gradients(tokens: int, trained: tuple[int, ...], per_token: bool) -> None:
+    """Of many tokens: gradients that float16 rounds to 0 without a loss scale. Of one: a scale beyond float16."""
+    scale = 65536.0
+    hs, ws = randn(tokens, HS, seed=1), randn(V, HS, seed=2)
+    near = hs + 0.003 * randn(tokens, HS, seed=3), ws + 0.003 * randn(V, HS, seed=4)
+    half = [t.half() for t in (hs, ws, *near)]
+    grads = []
+    for factor, dtype in ((1.0, torch.float64), (scale, torch.float16)):
+        tensors = [t.to(dtype).requires_grad_(i in trained) for i, t in enumerate(half)]
+        teacher = HiddenStates(tensors[2], tensors[3])
+        if per_token:
+            loss = linear_divergence_per_token(tensors[0], tensors[1], teacher).mean()
+        else:
+            loss = linear_divergence(tensors[0], tensors[1], teacher).loss
+        (loss * factor).backward()
+        grads.append([tensors[i].grad for i in trained])
+    for expected, found in zip(*grads):
+        assert expected is not None
+        assert found is not None
+        assert found.dtype == torch.float16
+        error = (found.double() / scale - expected).norm() / expected.norm()
+        assert error < 1e-3
+    if tokens > 1:
+        assert (grads[0][0].half() == 0).float().mean() > 0.02  # type: ignore[union-attr]
+
+
+def test_a_float16_head_rounds_no_gradient() -> None:
+    """As on a GPU, where such a head is multiplied as it is."""
+    weight, grad, hidden = (randn(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(V, HS), (T, V), (T, HS)]))
+    head, grad = Head(weight.half(), V, torch.float32, as_is=True), grad * 1e-9
+    torch.testing.assert_close(head.hidden_gradient(grad), grad @ weight.half().float(), atol=0.0, rtol=1e-4)
+    total = torch.zeros(V, HS)
+    head.add_weight_gradient(total, grad, hidden)
+    torch.testing.assert_close(total, grad.T @ hidden, atol=0.0, rtol=1e-4)
+
+
 def test_extreme_logits_stay_finite() -> None:
     ws = torch.eye(4, dtype=torch.float32)
     hs = torch.tensor([[1000.0, 0, 0, 0], [0, 0, 0, -1000.0]], requires_grad=True)
@@ -370,6 +410,8 @@ def test_nothing_to_learn_from_is_a_loss_of_zero_with_zero_gradients(
     out.loss.backward()
     assert out.loss.item() == 0.0
     assert out.per_token.shape == shape
+    teacher = HiddenStates(torch.randn(*shape, HT), torch.randn(V, HT))
+    assert linear_divergence(hs, ws, teacher, divergence, mask=mask, normalizer=mask.sum()).loss.item() == 0.0
     for tensor in (hs, ws):
         assert tensor.grad is not None
         assert not tensor.grad.any()
@@ -452,6 +494,7 @@ def test_bad_tensors_are_named(case: str) -> None:
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
         ({"top_k": V + 1}, "top_k=24"),
         ({"normalizer": 0.0}, "normalizer=0.0"),
+        ({"normalizer": -1.0}, "normalizer=-1.0"),
         ({"reduction": "max"}, "reduction='max'"),
         ({"divergence": SampledKL()}, "HiddenStates"),
     ],

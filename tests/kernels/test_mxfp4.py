@@ -218,6 +218,48 @@ def test_quantising_what_was_dequantised_changes_nothing(seed: int, mode: str) -
     assert torch.equal(bits(dequantize(quantize(once, mode), torch.float32)), bits(once))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_which_packed_values_quantising_again_keeps(mode: str) -> None:
+    """Every scale byte whose values are finite, every largest element, beside it each smaller one of both signs."""
+    top = torch.arange(1, 8)
+    codes = torch.minimum(torch.arange(16).repeat(2) & 7, top[:, None]) | (torch.arange(16).repeat(2) & 8)
+    bytes_ = torch.arange(253)
+    codes, tops = codes.repeat(253, 1), top.repeat(253)
+    scales = bytes_.repeat_interleave(7).to(torch.uint8)
+    once = dequantize(MXFP4(packing.pack(codes.to(torch.uint8)).unsqueeze(1), scales[:, None]), torch.float32)
+    again = dequantize(quantize(once, mode), torch.float32)
+    kept = (bits(once) == bits(again)).all(-1)
+    large = once.abs().amax(-1) >= 2.0**-124
+    if mode == "ceil":
+        assert kept[large & (tops < 7)].all()
+        six = large & (tops == 7)
+        lost = (once[six] != again[six]).any(0)
+        magnitude = torch.tensor(e2m1.MAGNITUDES)[codes[-1] & 7]
+        assert torch.equal(lost, (magnitude == 0.5) | (magnitude == 1.5))
+        assert not kept[six].any()
+    else:
+        assert kept[large].all()
+        assert not kept[~large].any()
+        assert torch.equal(again[~large], torch.zeros(()) * once[~large] if mode == "rceil" else halved(once[~large]))
+
+
+def halved(values: Tensor) -> Tensor:
+    """What is rounded against 2^−126 and stands for as many 2^−127."""
+    codes = e2m1.encode((values.double() * 2.0**126).float())
+    return (e2m1.decode(codes, torch.float64) * 2.0**-127).float()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_largest_numbers_round_to_infinity_except_in_floor_mode(mode: str) -> None:
+    first = 3.5 * 2.0**126
+    below = torch.tensor(first).nextafter(torch.tensor(0.0)).item()
+    found = [dequantize(quantize(torch.full((32,), v), mode), torch.float32)[0].item() for v in (below, first, 3.4e38)]
+    assert math.isfinite(found[0])
+    assert [math.isinf(v) for v in found[1:]] == [mode != "floor"] * 2
+    exact = dequantize(quantize(torch.full((32,), 3.4e38), mode), torch.float64)[0].item()
+    assert exact == (6 * 2.0**125 if mode == "floor" else 2.0**128)
+
+
 def test_strides_leading_dimensions_and_empty() -> None:
     weight = torch.randn(64, 96, generator=generator(4))
     transposed = weight.T.contiguous().T  # same values, other strides

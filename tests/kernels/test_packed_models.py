@@ -226,6 +226,26 @@ def test_what_is_cached_in_inference_mode_can_be_trained_through() -> None:
         assert x.grad is not None
 
 
+def test_a_cache_of_weights_made_in_inference_mode_follows_what_is_written() -> None:
+    with torch.inference_mode():
+        layer = MXFP4Linear.from_linear(nn.Linear(64, 8, bias=False), cache=True)
+        before = layer(torch.ones(1, 64))
+        layer.weight_scales += 1  # twice every weight
+        torch.testing.assert_close(layer(torch.ones(1, 64)), 2 * before)
+    assert layer.cache is not None
+    assert layer.cache.nbytes == 0
+    x = torch.ones(1, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_float64_does_not_go_through_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sums in float32, and does not compile for float64."""
+    monkeypatch.setattr(linear_module, "has_gpu_kernels", lambda _: True)
+    packed, x = quantize(torch.randn(8, 64)), torch.randn(3, 64, dtype=torch.float64)
+    torch.testing.assert_close(packed_linear(x, packed), x @ dequantize(packed, torch.float64).T)
+
+
 def test_bad_inputs_are_named() -> None:
     layer = MXFP4Linear.from_linear(nn.Linear(64, 8))
     for cache in (False, True):

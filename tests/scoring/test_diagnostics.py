@@ -22,6 +22,8 @@ def test_support_overlap() -> None:
     student = np.array([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     teacher = np.array([[4, 3, 2, 1], [9, 8, 1, 2], [5, 6, 7, 8]])
     assert support_overlap(student, teacher).tolist() == [1.0, 0.5, 0.0]
+    student, teacher = np.array([[1, 2, -1], [1, 2, -1], [-1, -1, -1]]), np.array([[3, 4, -1], [2, 5, 1], [-1, -1, -1]])
+    np.testing.assert_allclose(support_overlap(student, teacher), [0.0, 2 / 3, np.nan])
     with pytest.raises(BadRequest, match="student_top_Tk"):
         support_overlap(student, teacher[:, :2])
 
@@ -39,6 +41,12 @@ def test_teacher_conflict() -> None:
     m = (p + q) / 2
     expected = (sum(p * np.log(p / m)) + sum(q * np.log(q / m))) / 2
     assert teacher_conflict(np.log(np.stack((p, q)))[:, None])[0] == pytest.approx(expected)
+    for wrong in (np.nan, np.inf, 0.5):
+        broken = same.copy()
+        broken[1, 0, 1] = wrong
+        with pytest.raises(BadRequest, match=r"at index \[1, 0, 1\], which is no log-probability"):
+            teacher_conflict(broken)
+    assert teacher_conflict(np.array([[[0.0, -np.inf]], [[-np.inf, 0.0]]]))[0] == pytest.approx(math.log(2))
 
 
 def test_repetition() -> None:

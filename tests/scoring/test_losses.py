@@ -229,9 +229,14 @@ def test_teachers_of_single_tokens(data: dict[str, Tensor]) -> None:
     )
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-15)
     assert (scored.any(0) != data["mask"]).any()
-    for wrong in (torch.ones(3), torch.ones(2, B + 1), torch.ones(2, 1, T), -torch.ones(2)):
+    for wrong in (torch.ones(3), torch.ones(2, B + 1), torch.ones(2, 1, T)):
         with pytest.raises(BadTensor, match="weights has shape"):
             losses.multi_teacher_advantages(both, wrong.double(), data["new"], scored)
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(BadTensor, match="weights holds a negative weight, an infinity or NaN"):
+            losses.multi_teacher_advantages(both, torch.tensor([1.0, value]), data["new"], scored)
+    unread = losses.multi_teacher_advantages(both, weights.masked_fill(~scored, torch.nan), student, scored)
+    torch.testing.assert_close(unread, found, rtol=0, atol=0)
     with pytest.raises(BadTensor, match="mask"):
         losses.multi_teacher_advantages(both, weights, data["new"], scored[:1])
 
@@ -335,6 +340,50 @@ def test_full_vocabulary_equals_gkd_on_the_same_logits(data: dict[str, Tensor], 
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_head_that_both_sides_share_is_a_constant_as_the_teacher_s(data: dict[str, Tensor]) -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden_s, hidden_t = (torch.randn(B, T, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    head = torch.randn(V, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    found = losses.full_vocabulary_loss(hidden_s, head, hidden_t, head, data["mask"])
+    expected = losses.gkd_loss(hidden_s @ head.T, hidden_t @ head.T, data["mask"], beta=1.0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, head)[0] for loss in (found, expected)))
+    teacher_head = head.detach().clone().requires_grad_()
+    losses.full_vocabulary_loss(hidden_s, head, hidden_t, teacher_head, data["mask"]).backward()
+    assert teacher_head.grad is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_excluded_tokens(data: dict[str, Tensor], temperature: float) -> None:
+    """An infinite divergence is an error; a finite one is that of the distributions, whatever the temperature."""
+    s, mask = data["student_logits"], data["mask"]
+    keep = torch.arange(V) < V - 2
+    one = torch.ones(B, T, 1, dtype=torch.bool)
+    lacking = data["teacher_logits"].masked_fill(~keep, -torch.inf)
+    for beta in (0.0, 0.5):
+        found = losses.gkd_loss(s, lacking, mask, beta=beta, temperature=temperature)
+
+        def value(b: int, i: int) -> float:
+            p, q = (plain_softmax(x[b, i].numpy() / temperature) for x in (lacking, s))
+            return plain_jsd(p, q, beta)  # noqa: B023
+
+        assert float(found) == pytest.approx(plain_mean(plain_tokens(mask.numpy(), value), mask.numpy(), "token_mean"))
+    with pytest.raises(BadTensor, match=r"token \[0, 0\] is infinite at beta=1.0: the teacher excludes"):
+        losses.gkd_loss(s, lacking, mask, beta=1.0, temperature=temperature)
+    with pytest.raises(BadTensor, match=r"token \[0, 0\] is infinite at beta=0.0: the student excludes"):
+        losses.gkd_loss(lacking, s, mask, beta=0.0, temperature=temperature)
+    student = s.masked_fill(~keep, -torch.inf).requires_grad_()
+    for beta in (0.0, 0.5, 1.0):  # what both exclude adds nothing
+        both = losses.gkd_loss(student, lacking, mask, beta=beta, temperature=temperature)
+        without = losses.gkd_loss(s[..., keep], lacking[..., keep], mask, beta=beta, temperature=temperature)
+        torch.testing.assert_close(both, without)
+        assert torch.isfinite(torch.autograd.grad(both, student)[0]).all()
+    with pytest.raises(BadTensor, match="log-softmax of teacher_logits"):
+        losses.gkd_loss(s, lacking.masked_fill(one, -torch.inf), mask)
+    everything, log_t = torch.arange(V).expand(B, T, V), torch.log_softmax(s / temperature, -1)
+    with pytest.raises(BadTensor, match=r"infinite at beta=0.0: the student excludes"):
+        losses.local_support_loss(lacking, everything, log_t, mask, beta=0.0, temperature=temperature)
+
+
 def test_gradients(data: dict[str, Tensor]) -> None:
     """gradcheck where the value's derivative is the gradient; where constants are detached, their frozen values."""
     d, mask = data, data["mask"]
@@ -402,6 +451,11 @@ def test_what_is_masked_is_never_read(data: dict[str, Tensor]) -> None:
 
     for ours, clean in zip(run(poisoned), run(data)):
         torch.testing.assert_close(ours, clean, rtol=0, atol=0)
+    values = data["new"].masked_fill(~mask, torch.nan).requires_grad_()
+    for how in ("token_mean", "sequence_mean", "sum"):
+        loss = losses.reduce_tokens(values, mask, how)  # type: ignore[arg-type]
+        torch.testing.assert_close(loss, losses.reduce_tokens(data["new"].masked_fill(~mask, 0.0), mask, how))  # type: ignore[arg-type]
+        assert torch.isfinite(torch.autograd.grad(loss, values)[0]).all()
     logits = data["student_logits"].masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
     loss = losses.gkd_loss(logits, data["teacher_logits"], mask)
     assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
@@ -441,3 +495,29 @@ def test_normalizer_replaces_the_count(data: dict[str, Tensor]) -> None:
     args = data["new"], data["teacher"], data["mask"]
     total = losses.opd_loss(*args, reduction="sum")
     torch.testing.assert_close(losses.opd_loss(*args, normalizer=float(B * T)), total / (B * T))
+
+
+@pytest.mark.parametrize("wrong", [-4.0, math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("form", [float, torch.tensor])
+def test_a_normalizer_that_is_none_is_refused(data: dict[str, Tensor], wrong: float, form: Any) -> None:
+    with pytest.raises(BadOption, match="normalizer="):
+        losses.opd_loss(data["new"], data["teacher"], data["mask"], normalizer=form(wrong))
+
+
+def test_where_nothing_counts_a_normalizer_of_0_gives_0_with_a_graph(data: dict[str, Tensor]) -> None:
+    nothing, new = torch.zeros_like(data["mask"]), data["new"].clone().requires_grad_()
+    for normalizer in (nothing.sum(), 0, 3.0):
+        loss = losses.opd_loss(new, data["teacher"], nothing, normalizer=normalizer)
+        assert loss.item() == 0.0
+        (grad,) = torch.autograd.grad(loss, new)
+        assert not grad.any()
+
+
+def test_ranks_whose_gradients_are_averaged_normalise_by_tokens_per_rank(data: dict[str, Tensor]) -> None:
+    new, advantages, mask = data["new"].clone().requires_grad_(), data["advantages"], data["mask"]
+    (expected,) = torch.autograd.grad(losses.policy_gradient_loss(new, advantages, mask), new)
+    parts = [slice(0, 1), slice(1, B)]
+    share = mask.sum() / len(parts)
+    ranks = [losses.policy_gradient_loss(new[p], advantages[p], mask[p], normalizer=share) for p in parts]
+    averaged = sum(torch.autograd.grad(loss, new)[0] for loss in ranks) / len(parts)
+    torch.testing.assert_close(averaged, expected)

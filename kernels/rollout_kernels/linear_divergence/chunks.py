@@ -56,7 +56,11 @@ class Wanted:
 
 @dataclass(slots=True)
 class Result:
-    """The divergence of each token, and the gradients of Σ coefficient · divergence."""
+    """The divergence of each token, and the gradients of Σ coefficient · divergence.
+
+    Gradients have the dtype of what they are gradients of. Those of float16 tensors stay in what they were computed in:
+    a loss scale reaches them only in `backward`, and what float16 rounded to 0 before, it could not bring back.
+    """
 
     values_T: Tensor
     student: Tensor | None = None
@@ -232,28 +236,36 @@ class ChunkLoop:
         result = Result(self.hidden_TH.new_empty(self.hidden_TH.shape[0], dtype=self.settings.dtype))
         total_dtype = self.settings.accumulate_in or self.settings.dtype
         if self.wanted.student:
-            result.student = torch.zeros_like(self.hidden_TH)
+            result.student = torch.zeros_like(
+                self.hidden_TH, dtype=self._kept_in(self.hidden_TH.dtype, self.settings.dtype)
+            )
         if self.wanted.student_weight:
             result.student_weight = torch.zeros_like(weight, dtype=total_dtype)
         if self.wanted.teacher:
             assert isinstance(self.teacher, HiddenStates | Logits)
             tensor = self.teacher.hidden if isinstance(self.teacher, HiddenStates) else self.teacher.logits
-            result.teacher = torch.zeros_like(tensor)
+            result.teacher = torch.zeros_like(tensor, dtype=self._kept_in(tensor.dtype, self.settings.dtype))
         if self.wanted.teacher_weight:
             assert isinstance(self.teacher, HiddenStates)
             assert isinstance(self.teacher.weight, Tensor)
             result.teacher_weight = torch.zeros_like(self.teacher.weight, dtype=total_dtype)
         return result
 
+    def _kept_in(self, dtype: torch.dtype, computed_in: torch.dtype) -> torch.dtype:
+        """In which dtype gradients of tensors of this dtype are returned; see `Result`."""
+        return computed_in if dtype == torch.float16 else dtype
+
     def _cast(self) -> None:
-        """Gradients have the dtype of what they are gradients of."""
+        """Weight gradients were summed in another dtype."""
         if self.result.student_weight is not None:
             assert isinstance(self.head.weight, Tensor)
-            self.result.student_weight = self.result.student_weight.to(self.head.weight.dtype)
+            total = self.result.student_weight
+            self.result.student_weight = total.to(self._kept_in(self.head.weight.dtype, total.dtype))
         if self.result.teacher_weight is not None:
             assert self.teacher_head is not None
             assert isinstance(self.teacher_head.weight, Tensor)
-            self.result.teacher_weight = self.result.teacher_weight.to(self.teacher_head.weight.dtype)
+            total = self.result.teacher_weight
+            self.result.teacher_weight = total.to(self._kept_in(self.teacher_head.weight.dtype, total.dtype))
 
 
 def _evaluate_small(divergence: Divergence, ls_CB: Tensor, lt_CB: Tensor, wanted: Wanted) -> Gradients:

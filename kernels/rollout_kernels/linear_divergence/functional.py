@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -65,7 +66,8 @@ def linear_divergence(
         mask: bool [...]; False leaves a token out: its divergence is not computed and its values are never read.
         token_weights: floating [...], constants that the divergences are multiplied by.
         reduction: "sum", or "mean": the sum divided by the number of unmasked tokens (by 1 if there are none).
-        normalizer: divide the sum by this instead, for example by the tokens of all ranks.
+        normalizer: divide the sum by this instead, for example by the tokens of all ranks; where gradients are averaged
+            over ranks, as DDP and FSDP do, by those divided by the number of ranks. 0 only if all tokens are masked.
         top_k: with `HiddenStates` or `Logits`, compare only the teacher's k most likely tokens and the rest as one.
         chunk_tokens: tokens per chunk. The result does not depend on it, beyond rounding. None chooses.
         accumulate_in: dtype in which weight gradients are summed. None: that of the computation, float32 or float64. A
@@ -87,6 +89,8 @@ def linear_divergence(
         )
     if normalizer is None:
         normalizer = max(inputs.hidden_TH.shape[0], 1) if reduction == "mean" else 1.0
+    if not inputs.hidden_TH.shape[0] and float(normalizer) == 0.0:
+        normalizer = 1.0
     require_positive("normalizer", float(normalizer))
     factor = temperature**2 if scale_by_squared_temperature else 1.0
     coefficient_T = inputs.weights_T * (factor / normalizer)
@@ -181,6 +185,7 @@ class _Fused(torch.autograd.Function):
         # Saved, not kept as attributes: autograd frees them before it hands the gradients on, so that `.grad` takes
         # them over without a copy.
         ctx.save_for_backward(result.student, result.student_weight, result.teacher, result.teacher_weight)
+        ctx.dtypes = _dtypes(tensors)
         ctx.mark_non_differentiable(result.values_T)
         ctx.set_materialize_grads(False)
         return (result.values_T * call.coefficient_T).sum(), result.values_T
@@ -190,9 +195,10 @@ class _Fused(torch.autograd.Function):
         grad_loss = grads[0]
         if grad_loss is None:
             return (None,) * 5
-        if float(grad_loss) == 1.0:
-            return (*ctx.saved_tensors, None)
-        return (*(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None)
+        # By a Python number, so that a half-precision gradient is multiplied in float32.
+        scale = float(grad_loss)
+        scaled = (g if g is None or scale == 1.0 else g * scale for g in ctx.saved_tensors)
+        return (*_cast(scaled, ctx.dtypes), None)
 
 
 class _PerToken(torch.autograd.Function):
@@ -202,7 +208,7 @@ class _PerToken(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, call = args
         wanted = call.wanted(ctx.needs_input_grad)
-        ctx.call, ctx.wanted = call, wanted
+        ctx.call, ctx.wanted, ctx.dtypes = call, wanted, _dtypes(tensors)
         ctx.again = wanted.student_weight or wanted.teacher_weight
         result = _run(call, tuple(tensors), call.coefficient_T, Wanted() if ctx.again else wanted)
         saved = tensors if ctx.again else (result.student, result.teacher)
@@ -214,9 +220,20 @@ class _PerToken(torch.autograd.Function):
         (grad_T,) = grads
         if ctx.again:
             result = _run(ctx.call, ctx.saved_tensors, grad_T.detach(), ctx.wanted)
-            return result.student, result.student_weight, result.teacher, result.teacher_weight, None
-        student, teacher = (None if g is None else g * grad_T.to(g.dtype).unsqueeze(-1) for g in ctx.saved_tensors)
-        return student, None, teacher, None, None
+            found = result.student, result.student_weight, result.teacher, result.teacher_weight
+        else:
+            student, teacher = (None if g is None else g * grad_T.unsqueeze(-1) for g in ctx.saved_tensors)
+            found = student, None, teacher, None
+        return (*_cast(found, ctx.dtypes), None)
+
+
+def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def _cast(gradients: Iterable[Tensor | None], dtypes: list[torch.dtype | None]) -> Iterator[Tensor | None]:
+    """Gradients in the dtypes of what they belong to."""
+    return (g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes))
 
 
 def _not_finite(values_T: Tensor, inputs: Inputs, hidden: Tensor, teacher_tensor: Tensor | None) -> BadTensor:

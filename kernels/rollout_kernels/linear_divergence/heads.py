@@ -24,7 +24,8 @@ class Head:
 
     Where that dtype is not the one computed in, pieces of rows are converted as they are used. On a GPU a
     half-precision head and hidden states of the same dtype are multiplied as they are; products are summed and
-    returned in float32.
+    returned in float32. Gradients are rounded to the head's dtype for that if it is bfloat16; float16 would lose small
+    ones, so they are multiplied in float32.
     """
 
     weight: Tensor | MXFP4
@@ -58,17 +59,17 @@ class Head:
 
     def hidden_gradient(self, grad_CV: Tensor) -> Tensor:
         """grad · weight, [C, H]."""
-        if self._half:
+        if self._half_gradients:
             weight = next(self._tiles())[1]
             return torch.mm(grad_CV.to(weight.dtype), weight, out_dtype=self.dtype)
         total = grad_CV.new_zeros(grad_CV.shape[0], self.weight.shape[-1])
-        for rows, weight in self._tiles():
+        for rows, weight in self._tiles(as_is=not self._half):
             total.addmm_(grad_CV[:, rows], weight)
         return total
 
     def add_weight_gradient(self, total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         """total += gradᵀ · hidden, for the rows that take part."""
-        if self._half and total_VH.dtype == self.dtype:
+        if self._half_gradients and total_VH.dtype == self.dtype:
             assert isinstance(self.weight, Tensor)
             dtype = self.weight.dtype
             hidden_CH = hidden_CH.to(dtype)
@@ -81,9 +82,13 @@ class Head:
     def _half(self) -> bool:
         return self.as_is and isinstance(self.weight, Tensor) and self.weight.dtype != self.dtype
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the head that can be multiplied as they are: one, if all of it can."""
-        if self.as_is and isinstance(self.weight, Tensor):
+    @property
+    def _half_gradients(self) -> bool:
+        return self._half and isinstance(self.weight, Tensor) and self.weight.dtype == torch.bfloat16
+
+    def _tiles(self, *, as_is: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of the head that can be multiplied as they are: one, if all of it can and may be."""
+        if as_is and self.as_is and isinstance(self.weight, Tensor):
             yield slice(0, self.vocabulary), self.weight[: self.vocabulary]
             return
         for rows in self._pieces():
