@@ -9,11 +9,13 @@ its blob. The other way round a crash can leave a blob that nothing refers to; `
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -25,6 +27,10 @@ from .poison import Poison
 #: No blob is ever larger than this once decompressed. A log that claims otherwise is refused unread.
 BLOB_BYTES_MAX = 1 << 32
 _CHUNK_BYTES = 1 << 20
+
+
+class NotOpened(Exception):
+    """No file can be opened just now: too many are open, or the kernel has no memory. This says nothing of the disk."""
 
 
 class BlobStore:
@@ -52,13 +58,14 @@ class BlobStore:
 
         Raises:
             LogPoisoned: the disk refused, now or earlier. Nothing that refers to the blob may be logged.
+            NotOpened: not now. Nothing that refers to the blob may be logged; anything else may.
         """
         self._poison.check()
         ref = BlobRef(digest=digest_of(data), size=len(data))
         try:
             self._put(self._path(ref.digest), data)
         except OSError as error:
-            raise self._poison.spread(error) from error
+            raise self._failed(error) from error
         return ref
 
     def _put(self, path: Path, data: bytes) -> None:
@@ -72,7 +79,7 @@ class BlobStore:
             return
         temporary = self.directory / "tmp" / secrets.token_hex(16)
         try:
-            with open(temporary, "xb") as file:
+            with _create(temporary) as file:
                 file.write(zstandard.ZstdCompressor(level=self._level).compress(data))
                 file.flush()
                 os.fsync(file.fileno())
@@ -90,7 +97,12 @@ class BlobStore:
             try:
                 sync_directory(directory)
             except OSError as error:
-                raise self._poison.spread(error) from error
+                raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> Exception:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # which no write and no sync reports
+            return NotOpened(str(error))
+        return self._poison.spread(error)
 
     def get(self, ref: BlobRef) -> bytes:
         """The bytes of a blob, checked. Never allocates more than `ref.size` says.
@@ -144,6 +156,15 @@ class BlobStore:
     def _path(self, digest: bytes) -> Path:
         name = digest.hex()
         return self.directory / name[:2] / f"{name}.zst"
+
+
+def _create(path: Path) -> BinaryIO:
+    try:
+        return open(path, "xb")
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise NotOpened(str(error)) from error
+        raise
 
 
 def _damaged(path: Path, why: str) -> LogDamaged:

@@ -19,16 +19,16 @@ class DoubtPolicy:
     Args:
         probe: ask the sandbox by exec id. Collects the result of a command that outlived its client, and
             dispatches one that is proven to have never started.
+        rerun_idempotent: dispatch it again if it was declared idempotent.
         rebuild: bring the sandbox back to a snapshot from before the command, run again what came between,
             with outputs compared, and then dispatch the command. What it may have done outside of the
-            sandbox is not undone by that.
-        rerun_idempotent: dispatch it again if it was declared idempotent.
+            sandbox is not undone by that. If an output differs, the state is lost.
         wait_s: how long to wait for a command that is still running, on top of its timeout.
     """
 
     probe: bool = True
-    rebuild: bool = True
     rerun_idempotent: bool = True
+    rebuild: bool = True
     wait_s: float = 10.0
 
 

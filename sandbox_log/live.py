@@ -75,7 +75,11 @@ class LiveSandbox:
     @property
     def ready(self) -> bool:
         """The sandbox has the state that the log speaks of, as far as anybody could know."""
-        return not self.resuming and self._history.rebuilding is None
+        return not self.resuming and not self._half_rebuilt
+
+    @property
+    def _half_rebuilt(self) -> bool:
+        return self.sandbox.info.instance in self._history.rebuilding
 
     async def run(self, call: Call, body: dict[str, Any]) -> Result:
         """Do a new call.
@@ -200,19 +204,15 @@ class LiveSandbox:
         except (StateLost, ReplayMismatch) as error:
             tried["state"] = str(error)
             return None
-        if reason is None:
-            reason = await self._rebuild(tried)
         if reason is not None:
             return reason
-        if not self.ready:
-            tried["rerun"] = "the state was rebuilt in part only"
+        if not call.idempotent:
+            tried["rerun"] = "it is not declared idempotent"
         elif not self._policy.rerun_idempotent:
             tried["rerun"] = "the policy forbids it"
-        elif not call.idempotent:
-            tried["rerun"] = "it is not declared idempotent"
-        else:
+        else:  # before a rebuild, which puts at risk the state that is there
             return "it is declared idempotent"
-        return None
+        return await self._rebuild(tried)
 
     async def _probe(self, step: Step, tried: dict[str, str]) -> Result | str | None:
         """Its result; or why it may be dispatched; or None, with what was found out in `tried`."""
@@ -258,7 +258,9 @@ class LiveSandbox:
         if self.ready:
             return
         info = self.sandbox.info
-        if self._state is StateChoice.REATTACH:
+        # One that had the state and lost it over a call in doubt stands where a reattached one does.
+        lost_here = not self.resuming and self._state is not StateChoice.SNAPSHOT
+        if lost_here or self._state is StateChoice.REATTACH:
             if info.instance != self._history.instances[-1]:
                 raise self._state_lost(f"the sandbox is {info.instance}, the log's is {self._history.instances[-1]}")
             if self.resuming:
@@ -279,7 +281,7 @@ class LiveSandbox:
         self.resuming = False
 
     async def _reattach(self) -> None:
-        if self._history.rebuilding is None:
+        if not self._half_rebuilt:
             await self._log_state("done", 0)
         elif self._history.pending is not None and self._policy.rebuild:
             # A crash, or another output, cut short what was done for the call in doubt. It may be done again for it.
@@ -294,7 +296,7 @@ class LiveSandbox:
         first, name = self._history.snapshots[-1]
         if sessions := sorted(self._sessions(first)):
             raise self._state_lost(f"the snapshot {name} holds no processes, and the shells {sessions} were open")
-        whole = self._history.rebuilding is None
+        whole = self.ready or (not self._half_rebuilt and self.sandbox.info.instance == self._history.instances[-1])
         await self._log_state("begun", first, name)
         try:
             await self.sandbox.restore(name)

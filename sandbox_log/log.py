@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from .appends import SandboxWriter, TakeOver
-from .blobs import BlobStore
+from .blobs import BlobStore, NotOpened
 from .chain import DATABASES, Chains, Summary, id_key
 from .directories import make_directory
 from .environment import Environment
@@ -138,10 +138,18 @@ class SandboxLog:
     def store(self, data: bytes) -> Payload:
         """`data` itself if it is small, else a reference to a blob that is durable when this returns.
 
+        Where no file can be opened for a blob, `data` itself as well: an event may be of any size, and what a command
+        put out must not be lost for want of a descriptor.
+
         Raises:
             LogPoisoned: the blob cannot be written, and neither can anything else from now on.
         """
-        return data if len(data) <= self.inline_bytes_max else self.blobs.put(data)
+        if len(data) <= self.inline_bytes_max:
+            return data
+        try:
+            return self.blobs.put(data)
+        except NotOpened:
+            return data
 
     def verify(self, sandbox_id: str | None = None) -> Report:
         """Read everything, or one sandbox, back: every link of every chain and every blob they refer to."""

@@ -80,13 +80,14 @@ class LoggedSandbox:
             sandbox: what runs the commands; None only in strict replay.
             mode: what to do with what is in the log.
             state: how the sandbox has the state that the log speaks of. Needed when a log with commands in
-                it goes live in the mode `prefix_then_live`.
+                it goes live in the mode `prefix_then_live`; in the other modes it counts for nothing.
             policy: what to do about a command in doubt.
 
         Raises:
             UnknownSandbox: strict replay of a sandbox that is not in the log.
             LogDamaged: its chain does not hold.
             ReplayMismatch: it was another kind of sandbox, or made from another image.
+            StateLost: no sandbox was passed, or in the mode `provenance` one that was left half rebuilt.
         """
         if mode is Mode.STRICT:
             history = await asyncio.to_thread(lambda: History.of(log.events(sandbox_id)))
@@ -106,7 +107,17 @@ class LoggedSandbox:
             expected, got = history.header.body[name], getattr(sandbox.info, name)
             if expected != got:
                 raise ReplayMismatch(sandbox_id, 0, name, expected, got)
-        resuming = mode is not Mode.PROVENANCE and bool(history.steps)
+        resuming = bool(history.steps)
+        if mode is Mode.PROVENANCE:
+            if sandbox.info.instance in history.rebuilding:
+                raise StateLost(
+                    problem(
+                        f"a rebuild of the state of sandbox {sandbox_id!r} began in this instance and did not end",
+                        consequence="Nothing was run in it",
+                        remedy="Pass another sandbox",
+                    )
+                )
+            state, resuming = None, False  # nothing is answered from the log, so nothing of it is run again either
         policy = policy or DoubtPolicy()
         live = LiveSandbox(log, writer, sandbox, history, state=state, policy=policy, resuming=resuming)
         return cls(log, sandbox_id, mode, history, live)

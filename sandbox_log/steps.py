@@ -73,9 +73,9 @@ class History:
     """(number of steps before it, name) of each snapshot."""
     instances: list[str] = field(default_factory=list)
     """Every instance of the sandbox that commands were or may have been sent to, in order."""
-    rebuilding: tuple[str | None, str | None] | None = None
-    """(choice, snapshot) of a rebuild of the state that began and has not come to its end: the sandbox is in no state
-    that the events speak of."""
+    rebuilding: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    """By instance, (choice, snapshot) of a rebuild of the state that began in it and has not come to its end: it is in
+    no state that the events speak of."""
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -121,11 +121,11 @@ class History:
         elif event.kind is Kind.SNAPSHOT:
             self.snapshots.append((len(self.steps), body["name"]))
         elif event.kind is Kind.STATE:
-            which = body["choice"], body["snapshot"]
+            instance, which = body["instance"], (body["choice"], body["snapshot"])
             if body["phase"] == "begun":
-                self.rebuilding = which
-            elif self.rebuilding == which:  # a sandbox that was only reattached is in no better state than it was
-                self.rebuilding = None
+                self.rebuilding[instance] = which
+            elif self.rebuilding.get(instance) == which:  # one that was only reattached is as it was
+                del self.rebuilding[instance]
         if "instance" in body and body["instance"] != self.instances[-1]:
             self.instances.append(body["instance"])
 

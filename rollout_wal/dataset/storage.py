@@ -9,6 +9,8 @@ from pathlib import Path
 
 from crc32c import crc32c
 
+from ..log.storage import make_dirs_durable
+
 #: Arrow writes a batch in dozens of pieces, most of them of a few bytes; they are gathered up to this size.
 _BUFFER_BYTES = 1 << 18
 
@@ -100,16 +102,9 @@ class Storage:
         """Create it and its parents; durable, so that what is synced into it later cannot lose its way.
 
         What is there already may have been made by a process that died before it had synced the parent. So that is done
-        here, once, except for names that this process could not have made, and those of mounted file systems.
+        here, once.
         """
-        path = path.absolute()
-        missing = {p for p in (path, *path.parents) if not p.exists()}
-        path.mkdir(parents=True, exist_ok=True)
-        for made in (path, *path.parents):
-            ours = not os.path.ismount(made) and os.access(made.parent, os.W_OK)
-            if made in missing or (ours and made not in self._durable):
-                self.fsync_directory(made.parent)
-                self._durable.add(made)
+        make_dirs_durable(path, self.fsync_directory, self._durable)
 
     @contextmanager
     def new_file(self, path: Path) -> Iterator[FileSink]:

@@ -10,10 +10,13 @@ Everything above this file is tested against a simulated disk that keeps these p
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class File(Protocol):
@@ -156,23 +159,48 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def make_dirs_durable(path: Path, sync: Callable[[Path], None] = sync_directory) -> None:
+def make_dirs_durable(
+    path: Path, sync: Callable[[Path], None] = sync_directory, durable: set[Path] | None = None
+) -> None:
     """mkdir -p, with every name on the way synced: a log in a directory that a crash can lose is no log.
 
     Also the names that were there already: whoever made them may have died before it had synced them, and a name that
     can be seen can still be lost with the machine. Up to the mount point, which no mkdir has made.
 
+    `sandbox_log.directories.make_directory` is the same for those that may not import this.
+
     Args:
         sync: makes the names in a directory durable.
+        durable: directories whose names are known to be, kept by the caller from one time to the next.
     """
-    at = Path(os.path.realpath(path))  # the names on the way to a link's target are those that matter
-    for directory in reversed([p for p in (at, *at.parents) if not p.exists()]):
+    real = Path(os.path.realpath(path))  # the names on the way to a link's target are those that matter
+    known = set() if durable is None else durable
+    for directory in reversed([p for p in (real, *real.parents) if not p.exists()]):
+        known.discard(directory)
         directory.mkdir(exist_ok=True)
-    while not os.path.ismount(at):
+    names = []
+    for at in (real, *real.parents):
+        if os.path.ismount(at):
+            break
+        if at not in known:
+            names.append(at)
+    for at in names:
         try:
             sync(at.parent)
         except PermissionError:
-            # Who may not write there has made no name in it. Who may write and not read can only sync everything.
+            # Who may not write there has made no name in it. Who may write and not read can only sync all there is.
             if os.access(at.parent, os.W_OK):
-                os.sync()
-        at = at.parent
+                _sync_file_system(real)
+                break
+    known.update(names)
+
+
+def _sync_file_system(directory: Path) -> None:
+    """Sync the file system that a directory is in, and no other: one that hangs elsewhere is none of ours."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(directory))
+    finally:
+        os.close(fd)

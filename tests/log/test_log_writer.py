@@ -14,7 +14,7 @@ from rollout_wal.errors import BadInput, LogDamaged, LogFenced, LogOwned, LogPoi
 from rollout_wal.log.log import ENGINE_LOG, JOB_LOG, Log
 from rollout_wal.log.policy import SyncPolicy
 from rollout_wal.log.segment import Frame
-from rollout_wal.log.storage import OsStorage, make_dirs_durable
+from rollout_wal.log.storage import OsStorage
 from rollout_wal.testing.disk import Disk, Fault
 
 
@@ -478,46 +478,6 @@ def test_the_wrong_kind_is_refused_and_nobody_is_fenced(tmp_path: Path) -> None:
     log.append(1, b"y")
     assert log.wait_durable() == 2
     log.close()
-
-
-def test_a_directory_whose_maker_died_before_its_sync_is_synced_by_the_next_to_open_it(tmp_path: Path) -> None:
-    """Until then it can be seen, and lost with the machine, and all that was acknowledged in it."""
-    path = tmp_path / "a" / "b" / "c"
-
-    def die(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        make_dirs_durable(path, die)
-    synced: list[Path] = []
-    make_dirs_durable(path, synced.append)
-    assert path.is_dir()
-    assert synced[:3] == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
-    assert set(synced[3:]) <= set(tmp_path.parents)
-
-
-def test_directories_are_synced_where_they_are_and_not_where_a_link_to_them_is(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to("elsewhere")
-    synced: list[Path] = []
-    make_dirs_durable(tmp_path / "link" / "log", synced.append)
-    assert (tmp_path / "elsewhere" / "log").is_dir()
-    assert synced[:2] == [tmp_path / "elsewhere", tmp_path]
-
-
-@pytest.mark.parametrize("writable", [True, False])
-def test_a_parent_that_may_not_be_read_matters_only_to_whom_may_write_it(
-    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everything: list[bool] = []
-    monkeypatch.setattr(os, "sync", lambda: everything.append(True))
-    monkeypatch.setattr(os, "access", lambda *_: writable)
-
-    def refuse(_: Path) -> None:
-        raise PermissionError
-
-    make_dirs_durable(tmp_path / "new", refuse)
-    assert bool(everything) is writable
 
 
 def in_child(function: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import subprocess
@@ -404,6 +405,77 @@ def test_a_blob_that_cannot_be_written_poisons_the_log_and_no_sync_is_asked_agai
     assert len(asked) == 1
     with pytest.raises(LogPoisoned):
         writer.append(Kind.STATE, {}).result()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_cannot_become_a_blob_for_want_of_a_descriptor_stands_in_the_event(
+    log: SandboxLog, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    writer = log.writer("a", HEADER)
+    data = os.urandom(100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("sandbox_log.blobs.open", refuse, raising=False)
+        assert log.store(data) == data
+        if number != errno.ENOMEM:
+            patch.setattr("sandbox_log.blobs.sync_directory", refuse)
+            assert log.store(data) == data
+    writer.append(Kind.STATE, {"data": data}).result()
+    assert list(log.events("a"))[-1].body["data"] == data
+    assert isinstance(log.store(data), BlobRef), "the log goes on, and so do its blobs"
+    assert log.verify().damage == []
+
+
+def test_a_process_that_has_no_descriptor_left_loses_no_output(ground: Path) -> None:
+    code = """
+        import asyncio, errno, os, sys
+        from sandbox_log.backends.functions import FunctionSandbox
+        from sandbox_log.log import SandboxLog
+        from sandbox_log.replay import LoggedSandbox
+        from sandbox_log.sandbox import Call, Operation
+
+        taken = []
+
+        def greedy():
+            try:
+                while True:
+                    taken.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError as error:
+                assert error.errno == errno.EMFILE
+            return "x" * 100_000
+
+        async def main():
+            log = SandboxLog(sys.argv[1])
+            logged = await LoggedSandbox.open(log, "a", FunctionSandbox({"greedy": greedy}))
+            result = await logged.run(Call(Operation.CALL, {"name": "greedy"}))
+            assert len(result.stdout) == 100_000, result
+            while taken:
+                os.close(taken.pop())
+            log.close()
+
+        asyncio.run(main())
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(ground / "log")], check=True, timeout=60)
+    with SandboxLog(ground / "log") as log:
+        assert log.verify().damage == []
+        assert list(log.events("a"))[-1].body["stdout"] == b"x" * 100_000
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ENOMEM])
+def test_any_other_error_of_a_blob_poisons_the_log(
+    log: SandboxLog, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    log.writer("a", HEADER)
+    log.store(os.urandom(100_000))
+    monkeypatch.setattr(os, "fsync", refuse)
+    for _ in range(2):
+        with pytest.raises(LogPoisoned, match=os.strerror(number)):
+            log.store(os.urandom(100_000))
 
 
 def test_a_directory_that_somebody_else_made_is_made_durable_too(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:

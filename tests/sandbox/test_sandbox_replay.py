@@ -167,6 +167,30 @@ async def test_provenance_mode_answers_nothing_from_the_log(log: SandboxLog) -> 
     assert [e.body["arguments"]["command"] for e in log.events("a") if e.kind is Kind.INTENT] == ["a", "b", "a"]
 
 
+@scenario
+async def test_provenance_mode_runs_nothing_of_the_log_again_and_nothing_in_a_half_rebuilt_sandbox(
+    log: SandboxLog,
+) -> None:
+    await _begin(log, Recorder(), "a")
+    half = Recorder("two")
+    half.ran = ["a"]
+    resumed = await LoggedSandbox.open(log, "a", half, state=StateChoice.REEXECUTE)
+    await resumed.exec("a")
+    with pytest.raises(ReplayMismatch):
+        await resumed.exec("b")
+    for n, state in enumerate((None, *StateChoice)):
+        fresh = Recorder(f"fresh {n}")
+        logged = await LoggedSandbox.open(log, "a", fresh, mode=Mode.PROVENANCE, state=state)
+        assert (await logged.exec("c")).stdout == b"c#1"
+        assert fresh.ran == ["c"]
+        with pytest.raises(StateLost, match="did not end"):
+            await LoggedSandbox.open(log, "a", half, mode=Mode.PROVENANCE, state=state)
+    again = await LoggedSandbox.open(log, "a", fresh, state=StateChoice.REATTACH)
+    for command in "acccc":
+        await again.exec(command)
+    assert (await again.exec("d")).ok, "what was left half done elsewhere is nothing to this one"
+
+
 _BASE: dict[str, Any] = {"operation": Operation.EXEC, "arguments": {"command": "a"}, "env": {"K": "v"}}
 
 
@@ -470,7 +494,7 @@ async def test_rebuilding_can_be_forbidden_and_fails_aloud_when_outputs_differ(l
 @scenario
 async def test_nothing_runs_on_a_state_that_was_rebuilt_in_part(log: SandboxLog) -> None:
     sandbox = Recorder()
-    logged = await LoggedSandbox.open(log, "a", sandbox, state=StateChoice.REATTACH)
+    logged = await _resume(log, sandbox, None, rerun_idempotent=False)
     await logged.exec("a")
     await logged.snapshot()
     for command in ("b", "c"):
@@ -485,6 +509,11 @@ async def test_nothing_runs_on_a_state_that_was_rebuilt_in_part(log: SandboxLog)
     with pytest.raises(InDoubt):
         await logged.exec("other")
     assert await logged.snapshot() is None
+    logged = await _resume(log, sandbox, StateChoice.REATTACH)
+    for command in ("a", "b", "c"):
+        await logged.exec(command)
+    with pytest.raises(InDoubt, match="stdout, run again"):  # not even what is harmless in a state that is whole
+        await logged.exec("read", idempotent=True)
     await logged.record_lost()
     with pytest.raises(StateLost, match="did not come to its end"):
         await logged.exec("next")
@@ -496,6 +525,40 @@ async def test_nothing_runs_on_a_state_that_was_rebuilt_in_part(log: SandboxLog)
     with pytest.raises(StateLost, match="did not come to its end"):
         await resumed.exec("next")
     assert sandbox.ran == ["b", "b"]
+
+
+@scenario
+async def test_what_is_harmless_is_run_again_before_the_state_is_put_at_risk(log: SandboxLog) -> None:
+    sandbox = Recorder(plan={"read": "lost"})
+    logged = await _begin(log, sandbox, "a")
+    await logged.snapshot()
+    await logged.exec("b")
+    sandbox.saved["s0"] = ["b"]  # run again in it, b gives another output
+    assert (await logged.exec("read", idempotent=True)).stdout == b"read#2"
+    assert (await logged.exec("next")).ok
+    assert sandbox.ran == ["a", "b", "read", "read", "next"], "nothing was restored"
+
+
+@scenario
+async def test_a_failed_rebuild_is_done_again_by_the_process_that_began_the_sandbox(log: SandboxLog) -> None:
+    """It chose no state, for there was nothing to choose."""
+    for n, settled in enumerate(("restored", "given up")):
+        sandbox = Recorder(plan={"doubt": "lost"})
+        logged = await LoggedSandbox.open(log, f"s{n}", sandbox)
+        await logged.snapshot()
+        await logged.exec("b")
+        sandbox.saved["s0"] = ["b"]  # run again in it, b gives another output
+        with pytest.raises(InDoubt):
+            await logged.exec("doubt")
+        if settled == "restored":
+            sandbox.saved["s0"] = []
+            assert (await logged.exec("doubt")).stdout == b"doubt#1"
+            assert (await logged.exec("next")).ok
+            assert sandbox.ran == ["b", "doubt", "next"]
+        else:
+            await logged.record_lost()
+            with pytest.raises(StateLost, match="did not come to its end"):
+                await logged.exec("next")
 
 
 @scenario
@@ -545,6 +608,19 @@ async def test_a_snapshot_that_is_gone_leaves_the_state_as_it_was(log: SandboxLo
     await resumed.exec("a")
     await resumed.exec("read", idempotent=True)
     assert (await resumed.exec("next")).stdout == b"next#1"
+
+
+@scenario
+async def test_a_new_sandbox_that_lacks_the_snapshot_has_no_state_to_reattach_to(log: SandboxLog) -> None:
+    logged = await _begin(log, Recorder(), "a")
+    await logged.snapshot()
+    other = Recorder("two")
+    for state, message in ((StateChoice.SNAPSHOT, "no such snapshot"), (StateChoice.REATTACH, "come to its end")):
+        resumed = await _resume(log, other, state)
+        await resumed.exec("a")
+        with pytest.raises(StateLost, match=message):
+            await resumed.exec("next")
+    assert other.ran == []
 
 
 @scenario
