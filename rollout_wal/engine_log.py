@@ -96,19 +96,23 @@ class EngineLog:
 
     def engine(self, info: Mapping[str, Any]) -> int:
         """Say who produces the tokens from here on."""
-        self._engine = dict(info)
-        return self._append(Engine(self._engine))
+        engine = dict(info)
+        lsn = self._append(Engine(engine))
+        self._engine = engine
+        return lsn
 
     def policy(self, version: int, weights_digest: str, source: str = "") -> int:
         """Say under which weights the tokens are sampled from here on. Durable before any of them is shown."""
-        self._policy = Policy(version, weights_digest, source)
-        return self._append(self._policy)
+        policy = Policy(version, weights_digest, source)
+        lsn = self._append(policy)
+        self._policy = policy
+        return lsn
 
     def bind(self, slot: int, rollout: int, attempt: int, start: int) -> int:
         """Rows of `slot` are of this attempt from the next step on.
 
         Raises:
-            BadInput: a slot that a step cannot name.
+            BadInput: a slot that a step cannot name, or what no record can hold; nothing was changed.
         """
         if not 0 <= slot < 1 << 16:
             raise BadInput(
@@ -118,6 +122,7 @@ class EngineLog:
                     remedy="Use slots 0..65535; one engine log serves that many requests at a time",
                 )
             )
+        lsn = self._append(Bind(slot, rollout, attempt, start))
         previous = self._slot_of.pop(slot, None)
         if previous is not None and previous in self._live:
             self._live[previous] = (self._live[previous][0], -1)
@@ -125,7 +130,7 @@ class EngineLog:
             self._attempts.setdefault(rollout, []).append(attempt)
         self._live[rollout, attempt] = (start, slot)
         self._slot_of[slot] = (rollout, attempt)
-        return self._append(Bind(slot, rollout, attempt, start))
+        return lsn
 
     def append_step(
         self,
@@ -149,12 +154,13 @@ class EngineLog:
     def forget(self, rollouts: Iterable[int]) -> int:
         """Say that nobody needs the tokens of these rollouts from this log any longer."""
         gone = set(rollouts)
+        lsn = self._append(Forget(np.fromiter(gone, np.int64, len(gone))))
         for rollout in gone:
             for attempt in self._attempts.pop(rollout, ()):
                 _, slot = self._live.pop((rollout, attempt))
                 if self._slot_of.get(slot) == (rollout, attempt):
                     del self._slot_of[slot]
-        return self._append(Forget(np.fromiter(gone, np.int64, len(gone))))
+        return lsn
 
     # -- cleaning -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ ignores; a field that an older writer did not know takes its default. Steps alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Final, Self
@@ -60,6 +60,7 @@ class Record:
         arrays = self.ARRAYS
         try:
             _check_types(self)
+            _check_depths(self)
             values = []
             for f in fields(self):
                 value = getattr(self, f.name)
@@ -67,7 +68,7 @@ class Record:
                     value = np.ascontiguousarray(value, dtype=arrays[f.name]).tobytes()
                 values.append(value)
             packed: bytes = msgpack.packb(values)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise _unfit(type(self).__name__, error) from error
         return packed
 
@@ -91,6 +92,8 @@ class Record:
             raise corrupt_record(cls.__name__, error) from error
 
 
+_DEEPEST: Final = 100
+_NESTED: Final = (dict, list, tuple)
 _PLAIN: Final = {"int": int, "str": str, "bytes": bytes, "dict[str, Any]": dict}
 _TYPED: Final[dict[str, list[tuple[str, type]]]] = {}
 
@@ -109,6 +112,27 @@ def _check_types(record: Record) -> None:
         # A member of an enum is packed as the number or the name that it is; True comes back as no number.
         if found is not kind and (found is bool or not issubclass(found, kind)):
             raise TypeError(f"{name} is {found.__name__} instead of {kind.__name__}")
+
+
+def _check_depths(record: Record) -> None:
+    for name, kind in _typed_fields(record):
+        if kind is dict:
+            check_depth(getattr(record, name))
+
+
+def check_depth(value: Mapping[str, Any]) -> None:
+    """Raises ValueError: nested too deeply. msgpack packs a little more than it unpacks, and how much depends on its
+    build and on the caller's stack; this bound is far below all of them."""
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in _members(outer) if isinstance(inner, _NESTED)]
+        if not level:
+            return
+    raise ValueError(f"lists and mappings are nested more than {_DEEPEST} deep")
+
+
+def _members(outer: Any) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def _unfit(name: str, error: Exception) -> BadInput:

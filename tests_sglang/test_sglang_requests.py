@@ -15,10 +15,12 @@ from sglang.srt.server_args import ServerArgs
 from transformers import AutoTokenizer
 
 from rollout_wal.engines.base import Request
+from rollout_wal.engines.common.step_log import StepLog
 from rollout_wal.engines.sglang.configuration import UNSUPPORTED, check_configuration
 from rollout_wal.engines.sglang.member import Member, refusal
 from rollout_wal.engines.sglang.options import Options
 from rollout_wal.engines.sglang.rollouts import Drawn, Rollouts
+from rollout_wal.engines.sglang.server_log import ServerLog
 from rollout_wal.engines.sglang.weights import Weights
 from rollout_wal.errors import BadInput
 from rollout_wal.log.policy import SyncPolicy
@@ -92,11 +94,27 @@ def test_what_no_rollout_can_have_is_refused_and_passes_without_one(asked: Any, 
         ({"logit_bias": {"5": 1.0}}, "logit_bias cannot be combined"),
         ({"beam_width": 2, "n": 2}, "beam_width cannot be combined"),
         ({"custom_params": {"rollout": "r", "rollout_observed": [0]}}, "outside of the prefix of 0.*begin with 0"),
+        ({"custom_params": {"rollout": True}}, "rollout=True is no id"),
+        ({"custom_params": {"rollout": "r", "rollout_release": [True]}}, "rollout_release=.* is no list of ids"),
     ],
 )
 def test_parameters_that_no_rollout_can_have(asked: Any, params: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         raise BadInput(refusal(asked(params), False))
+
+
+def test_an_attempt_that_is_asked_for_twice_at_once_is_refused_before_any_rank_runs_it(
+    asked: Any, tmp_path: Path
+) -> None:
+    server = object.__new__(ServerLog)
+    server.log = StepLog.open(tmp_path / "log", info={}, policy_version=0, weights_digest="w")
+    server._eos, server._max_context = (2,), 100
+    requests = [asked({"custom_params": {"rollout": "r", "rollout_attempt": n}}) for n in (1, 1, 2)]
+    server.pulled(requests)
+    whys = [refusal(request, False) for request in requests]
+    assert whys[0] is whys[2] is None
+    assert "rollout_attempt=1 is not newer than attempt 1" in str(whys[1])
+    server.log.close()
 
 
 @pytest.mark.parametrize("stops", [{"stop": ["x"]}, {"stop": ["x", "y"]}, {"stop_regex": ["x"]}])

@@ -398,6 +398,8 @@ def test_other_requests_are_not_touched(client: Client) -> None:
     [
         ({"n": 2}, "n=2"),
         ({"rollout_prefix": -1}, "rollout_prefix"),
+        ({"rollout_attempt": True}, "rollout_attempt=True is out of range"),
+        ({"rollout_release": [True]}, "rollout_release=.* is no list of ids"),
         ({"rollout_attemp": 1}, "unknown rollout parameters"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"structured_outputs": "regex"}, "structured_outputs"),

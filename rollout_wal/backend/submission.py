@@ -6,6 +6,7 @@ that which rollouts there are never depends on which of them finished first.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from ..episode import Episodes
 from ..errors import BadInput, problem
 from ..params import SamplingParams
 from ..prompts import check_prompt, cohort_digest, cohort_seed, rollout_seed
-from ..records import Begin
+from ..records import Begin, check_depth
 from ..wal import RolloutWal
 from .arguments import whole
 
@@ -136,10 +137,11 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata as it will be read back from the log."""
     try:
         plain: dict[str, Any] = msgpack.unpackb(msgpack.packb(dict(metadata)), strict_map_key=False)
-    except (TypeError, ValueError, OverflowError) as error:
+        check_depth(plain)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadInput(
             problem(
-                f"the metadata {metadata!r:.200} cannot be logged: {error}",
+                f"the metadata {reprlib.repr(metadata)} cannot be logged: {error}",
                 consequence="Nothing was begun",
                 remedy="Use strings, numbers, booleans, None, bytes, and lists and mappings of them",
             )

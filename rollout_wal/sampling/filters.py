@@ -51,11 +51,12 @@ def heat(logits_NV: Tensor, temperature_N: Tensor) -> Tensor:
 def top_candidates(logits_NV: Tensor, k: int) -> Tensor:
     """The k best tokens of each row, ties to the lowest id, in ascending order of id. int64 [N, k].
 
-    A threshold rather than the indices of `topk`, which picks among equals as it likes.
+    A threshold rather than the indices of `topk`, which picks among equals as it likes. Of a row of NaN, which is
+    refused later, any k.
     """
     threshold_N1 = logits_NV.topk(k, dim=1).values[:, -1:]
     above = logits_NV > threshold_N1
-    at = logits_NV == threshold_N1
+    at = (logits_NV == threshold_N1) | threshold_N1.isnan()
     room_N1 = k - above.sum(dim=1, keepdim=True)
     kept = above | (at & (at.cumsum(dim=1) <= room_N1))
     return kept.nonzero()[:, 1].view(-1, k)

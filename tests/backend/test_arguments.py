@@ -58,6 +58,28 @@ def test_what_cannot_be_begun_leaves_no_cohort_behind(running: RolloutBackend, p
     running.release(r.id for r in rollouts)
 
 
+def nested(depth: int) -> dict[str, Any]:
+    inner: Any = 1
+    for _ in range(depth - 1):
+        inner = [inner]
+    return {"nested": inner}
+
+
+@pytest.mark.parametrize("depth", [101, 1022, 1023, 100_000])
+def test_metadata_that_is_nested_too_deeply_is_refused_at_once(
+    running: RolloutBackend, prompts: Any, depth: int
+) -> None:
+    with pytest.raises(BadInput, match=r"the metadata .* cannot be logged"):
+        running.generate(prompts[:1], SAMPLING, metadata=[nested(depth)], cohort="deep")
+    assert "deep" not in running.cohorts()
+
+
+def test_metadata_may_be_nested(running: RolloutBackend, prompts: Any) -> None:
+    (rollout,) = running.generate(prompts[:1], SAMPLING, metadata=[nested(100)], cohort="nested")
+    assert rollout.metadata == nested(100)
+    running.release([rollout.id])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

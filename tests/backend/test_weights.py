@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rollout_wal.backend import RolloutBackend
+from rollout_wal.backend.weights import same_weights, save_weights
 from rollout_wal.errors import ArchitectureMismatch, BadInput, TokenizerMismatch, UndeclaredWeights
 from rollout_wal.params import SamplingParams
 from rollout_wal.testing.tiny_models import make_tiny_model
@@ -262,3 +264,89 @@ def test_tied_weights_as_tensors(model: Path, tmp_path: Path, prompts: Any) -> N
             digests.append(b.update_weights(weights, version=1))
             assert {int(v) for r in b.generate(prompts, SHORT) for v in r.output.version_T} == {1}
     assert digests[0] == digests[1]
+
+
+class _Gathered(dict[str, Callable[[], torch.Tensor]]):
+    """Tensors that are made when they are asked for, and that nobody else keeps."""
+
+    def __init__(self, makers: dict[str, Callable[[], torch.Tensor]]) -> None:
+        super().__init__(makers)
+        self.gathered: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        self.gathered.append(name)
+        return super().__getitem__(name)()
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
+
+def test_each_tensor_is_gathered_once_and_none_is_taken_for_one_that_is_gone(model: Path, tmp_path: Path) -> None:
+    makers = {f"layer{i}": functools.partial(torch.full, (64, 64), float(i)) for i in range(6)}
+    tensors = _Gathered({**makers, "turned": lambda: torch.arange(4096.0).view(64, 64).t()})
+    saved = save_weights(tensors, tmp_path / "saved", 1, like=str(model))
+    assert sorted(tensors.gathered) == sorted(tensors)
+    found = load_file(saved / "model.safetensors")
+    assert {name: float(found[name][0, 0]) for name in makers} == {f"layer{i}": float(i) for i in range(6)}
+    assert same_weights(tensors, saved)
+    assert not same_weights(_Gathered({**tensors, "layer6": lambda: torch.zeros(64, 64)}), saved)
+
+
+def test_one_memory_under_two_dtypes_is_two_tensors(model: Path, tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(4, dtype=torch.int32)}
+    tensors["b"] = tensors["a"].view(torch.float32)
+    saved = save_weights(tensors, tmp_path / "saved", 1, like=str(model))
+    found = load_file(saved / "model.safetensors")
+    assert {name: t.dtype for name, t in found.items()} == {"a": torch.int32, "b": torch.float32}
+    assert same_weights(tensors, saved)
+
+
+@pytest.mark.parametrize(
+    ("names", "written"),
+    [
+        (("embed", "head"), {"embed", "head", "other"}),
+        (("head",), {"head", "other"}),
+        (("embed",), {"embed", "other"}),
+        ((), {"embed", "other"}),
+    ],
+)
+def test_tied_tensors_are_written_under_the_names_that_the_model_has(
+    tmp_path: Path, names: tuple[str, ...], written: set[str]
+) -> None:
+    like = tmp_path / "model"
+    like.mkdir()
+    if names:
+        save_file({name: torch.zeros(3, 3) for name in names}, like / "model.safetensors")
+    tied = torch.arange(9.0).view(3, 3)
+    tensors = {"embed": tied, "head": tied.detach(), "other": torch.ones(2)}
+    saved = save_weights(tensors, tmp_path / "saved", 1, like=str(like))
+    found = load_file(saved / "model.safetensors")
+    assert set(found) == written
+    assert all(torch.equal(t, tensors[name]) for name, t in found.items())
+    assert same_weights(tensors, saved)
+
+
+def test_what_is_no_plain_tensor_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    class Shard(torch.Tensor):
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return [], None
+
+        @classmethod
+        def __tensor_unflatten__(cls, *_: Any) -> None: ...
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: Any, **__: Any) -> None: ...
+
+    shard = torch.Tensor._make_wrapper_subclass(Shard, (4, 4))
+    for value, kind in (
+        (shard, "Shard"),
+        (torch.zeros(4, 4, device="meta"), "Tensor on meta"),
+        (np.zeros((4, 4), np.float32), "ndarray"),
+    ):
+        for call in (
+            lambda tensors: save_weights(tensors, tmp_path / "saved", 1, like=str(model)),
+            lambda tensors: same_weights(tensors, model),
+        ):
+            with pytest.raises(BadInput, match=rf"the weight second is a {kind}.*full_tensor\(\)"):
+                call({"lm_head.weight": load_file(model / "model.safetensors")["lm_head.weight"], "second": value})
+    assert not (tmp_path / "saved").exists()

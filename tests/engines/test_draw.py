@@ -140,15 +140,17 @@ def test_ties_at_the_edge_of_a_filter_keep_the_lowest_ids(params: SamplingParams
 
 @pytest.mark.parametrize(
     "params",
-    [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.5)],
-    ids=["plain", "greedy", "top_p"],
+    [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(top_k=2)],
+    ids=["plain", "greedy", "top_p", "top_k"],
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_unusable_logits_name_slot_and_position(params: SamplingParams, value: float) -> None:
     logits = torch.zeros(3, 8)
-    logits[1, 4] = value
-    with pytest.raises(BackendError, match="slot 101 at position 5 hold NaN"):
-        draw(logits, rows_for([params] * 3))
+    logits[1, 4 if value > 0 else slice(None)] = value
+    for rows in (slice(0, 3), slice(1, 2)):
+        slot = 101 - rows.start
+        with pytest.raises(BackendError, match=f"slot {slot} at position 5 hold NaN"):
+            draw(logits[rows], rows_for([params] * len(logits[rows])))
 
 
 def test_a_row_without_any_token_left_is_an_error() -> None:

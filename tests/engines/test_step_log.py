@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from rollout_wal.engines.base import FinishReason, Request
 from rollout_wal.engines.common.logged import read_logged
 from rollout_wal.engines.common.requests import RequestTable
 from rollout_wal.engines.common.sampler import RowSampler
+from rollout_wal.engines.common.spec import RolloutSpec, check_spec, spec_of
 from rollout_wal.engines.common.step_log import StepLog
 from rollout_wal.engines.common.support import Hook, Versions, check_hooks, check_version
+from rollout_wal.engines.sglang.rollouts import Rollouts
+from rollout_wal.engines.sglang.server_log import ServerLog
 from rollout_wal.errors import BadInput, HookMoved, UndeclaredWeights, UnsupportedEngine
 from rollout_wal.params import SamplingParams
 from rollout_wal.sampling import draw
@@ -91,6 +95,102 @@ def test_a_late_row_of_an_attempt_that_was_cut_off_is_void(tmp_path: Path) -> No
     assert log.logged(1).finish is FinishReason.MAX_TOKENS
     assert log.logged(1).attempts == 9
     log.close()
+
+
+def test_a_bind_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "log")
+    running = log.bind(1)
+    for rollout, attempt, start in ((7, True, None), (8, 1, True), (9, 1, 1.5), (True, 2, True)):
+        with pytest.raises(BadInput):
+            log.bind(rollout, attempt, start=start)  # type: ignore[arg-type]
+    assert log.owner(running.slot) == (1, 1)  # and not cut off by True, which equals its number
+    assert log.rollouts() == [1]
+    # The next ones have the slots and attempts that they would have had anyway, also in a checkpoint.
+    assert [(b.slot, b.attempt) for b in (log.bind(7), log.bind(8))] == [(1, 1), (2, 1)]
+    assert sorted(log._log._live) == [(1, 1), (7, 1), (8, 1)]
+    with pytest.raises(BadInput):
+        log.policy("5", "w5")  # type: ignore[arg-type]
+    with pytest.raises(BadInput):
+        log._log.engine({"name": object()})
+    assert log._log._policy.version == 0  # type: ignore[union-attr]
+    assert log._log._engine == INFO
+    log.close()
+
+
+GOOD = {"rollout": "r", "rollout_key": (1 << 64) - 1, "rollout_attempt": 1, "rollout_prefix": 2}
+NOTHING = dict.fromkeys(("rollout_key", "rollout_attempt", "rollout_prefix", "rollout_observed", "rollout_release"))
+
+
+def test_what_a_client_says_of_a_rollout() -> None:
+    assert not check_spec({"other": 1})
+    assert check_spec({**GOOD, "rollout_observed": [0, 1], "rollout_release": ["a", 3]})
+    spec = spec_of({**GOOD, "rollout_observed": [0, 1], "rollout_release": ["a", 3]})
+    assert spec == RolloutSpec("r", (1 << 64) - 1, 1, 2, (0, 1), ("a", 3))
+    assert check_spec({"rollout": 0, **NOTHING})
+    assert spec_of({"rollout": 0, **NOTHING}) == RolloutSpec(0, None, None, 0, (), ())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rollout": True},
+        {"rollout": None},
+        {"rollout": ""},
+        {"rollout": 1 << 62},
+        {"rollout_key": True},
+        {"rollout_attempt": False},
+        {"rollout_prefix": True},
+        {"rollout_prefix": "2"},
+        {"rollout_observed": [True]},
+        {"rollout_observed": ["0"]},
+        {"rollout_observed": 0},
+        {"rollout_release": [True]},
+        {"rollout_release": "name"},
+        {"rollout_release": [1.0]},
+    ],
+    ids=str,
+)
+def test_what_is_no_name_and_no_number_is_refused(wrong: dict[str, object]) -> None:
+    """True equals 1, and would be taken for somebody else's rollout."""
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name}=.*not accepted"):
+        check_spec({**GOOD, **wrong})
+
+
+def test_what_an_sglang_scheduler_cannot_log_is_answered_and_does_not_end_it(tmp_path: Path) -> None:
+    class Asked:
+        to_finish: str | None = None
+        output_ids: tuple[int, ...] = ()
+
+        def __init__(self, rid: str, attempt: object) -> None:
+            self.rid = rid
+            found = SimpleNamespace(attempt=attempt, prefix=0)
+            self.rollout_wal_member = SimpleNamespace(
+                id=5, spec=found, found=None, rollout=None, ended=lambda: FinishReason.RUNNING, request=_request
+            )
+
+        def set_finish_with_abort(self, error_msg: str) -> None:
+            self.to_finish = error_msg
+
+    def _request(slot: int) -> Request:
+        none = np.zeros(0, np.int32)
+        return Request(slot, np.ones(3, np.int32), none, none.astype(np.bool_), SamplingParams(), 0)
+
+    server = object.__new__(ServerLog)
+    server.log = open_log(tmp_path / "log")  # type: ignore[assignment]
+    server.rollouts = Rollouts(4, (2,), 100)
+    server._running = {}
+    first, second, third = Asked("a", 1), Asked("b", 1), Asked("c", True)
+    assert all(server.queued(asked) for asked in (first, second, third))
+    assert first.to_finish is None
+    assert "not newer than attempt 1" in str(second.to_finish)
+    assert "not newer than attempt 1" in str(third.to_finish)
+    # The one that runs has not been cut off.
+    assert server._running == {5: first}
+    assert list(server.rollouts.by_rid) == ["a"]
+    assert server.log is not None
+    assert server.log.owner(0) == (5, 1)
+    server.log.close()
 
 
 def test_only_so_many_ended_rollouts_are_kept(tmp_path: Path) -> None:

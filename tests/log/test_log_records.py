@@ -126,3 +126,17 @@ def test_a_hostile_length_allocates_no_more_than_the_input() -> None:
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(LogCorruptInput):
         Begin.decode(b"\x91" * 100_000 + b"\x00")
+
+
+def test_what_is_nested_deeper_than_any_reader_reads_is_not_encoded() -> None:
+    def begin(depth: int) -> Begin:
+        inner: object = 1
+        for _ in range(depth - 1):
+            inner = (inner,) if depth % 2 else {"": inner}
+        return Begin(1, np.zeros(1, np.int32), {}, 1, metadata={"": inner})
+
+    for depth in (1, 99, 100):
+        Begin.decode(begin(depth).encode())
+    for depth in (101, 1022, 1023, 100_000):
+        with pytest.raises(BadInput, match="nested more than 100 deep"):
+            begin(depth).encode()

@@ -51,9 +51,9 @@ def spec_of(extra: Mapping[str, Any]) -> RolloutSpec | None:
         extra["rollout"],
         None if key is None else int(key),
         None if attempt is None else int(attempt),
-        int(extra.get("rollout_prefix", 0)),
-        tuple(map(int, extra.get("rollout_observed", ()))),
-        tuple(extra.get("rollout_release", ())),
+        int(extra.get("rollout_prefix") or 0),
+        tuple(extra.get("rollout_observed") or ()),
+        tuple(extra.get("rollout_release") or ()),
     )
 
 
@@ -72,13 +72,38 @@ def check_spec(extra: Mapping[str, Any], *, own: Iterable[str] = ()) -> bool:
     if unknown := sorted(ours - KEYS):
         raise ValueError(not_accepted(f"unknown rollout parameters {unknown}", f"Use {sorted(KEYS)}"))
     name = extra.get("rollout")
-    if not (isinstance(name, str) and name) and not (isinstance(name, int) and 0 <= name < 1 << 62):
+    if not _is_id(name):
         raise ValueError(not_accepted(f"rollout={name!r} is no id", "Pass non-empty text, or a number of 0..2**62-1"))
     for field, bits in (("rollout_key", 64), ("rollout_attempt", 31), ("rollout_prefix", 31)):
         value = extra.get(field)
-        if value is not None and not (isinstance(value, int) and 0 <= value < 1 << bits):
+        if value is not None and not _is_number(value, bits):
             raise ValueError(not_accepted(f"{field}={value!r} is out of range", f"Pass a number of 0..2**{bits}-1"))
+    observed, release = extra.get("rollout_observed"), extra.get("rollout_release")
+    if observed is not None and not (_is_list(observed) and all(_is_number(at, 31) for at in observed)):
+        raise ValueError(
+            not_accepted(f"rollout_observed={observed!r:.200} is no list of indexes", "Pass a list of numbers")
+        )
+    if release is not None and not (_is_list(release) and all(map(_is_id, release))):
+        raise ValueError(
+            not_accepted(
+                f"rollout_release={release!r:.200} is no list of ids",
+                "Pass a list; each id is non-empty text, or a number of 0..2**62-1",
+            )
+        )
     return True
+
+
+def _is_id(value: Any) -> bool:
+    return (isinstance(value, str) and value != "") or _is_number(value, 62)
+
+
+def _is_number(value: Any, bits: int) -> bool:
+    # True equals 1: taken for a number, it would name somebody else's rollout.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << bits
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def noise_key(spec: RolloutSpec, seed: int | None) -> int:

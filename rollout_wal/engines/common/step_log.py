@@ -130,14 +130,18 @@ class StepLog(Generic[Held]):
             start: output tokens that precede its first row; None: what is logged here.
 
         Raises:
-            BadInput: an attempt that is not newer than one that the log knows, or a start beyond what is logged.
+            BadInput: an attempt that is not newer than one that the log knows, or a number that no record holds.
+                Nothing was changed, and an attempt that runs goes on.
         """
         number = self.check_attempt(rollout, attempt)
-        self.release(rollout)
         logged = self.logged(rollout)
-        slot = self._free.pop() if self._free else self._next_slot
-        self._next_slot = max(self._next_slot, slot + 1)
+        cut_off = self._slot_of.get(rollout)
+        slot = cut_off if cut_off is not None else self._free[-1] if self._free else self._next_slot
         self._lsn = self._log.bind(slot, rollout, number, len(logged) if start is None else start)
+        if slot == self._next_slot:
+            self._next_slot += 1
+        elif cut_off is None:
+            self._free.pop()
         self._rollout_at[slot] = (rollout, number)
         self._slot_of[rollout] = slot
         self._attempts.setdefault(rollout, []).append(number)

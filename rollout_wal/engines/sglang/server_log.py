@@ -7,6 +7,7 @@ token after each step (`stepped`), and ends (`gone`). What is sent meanwhile is 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,36 +76,41 @@ class ServerLog:
 
     def pulled(self, recv_reqs: list[Any]) -> None:
         """Requests have come in, on the rank that has the log: add to each what is logged of it."""
-        from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, TokenizedGenerateReqInput
+        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
         if self.log is None:
             return
-        for recv_req in recv_reqs:
-            if isinstance(recv_req, BatchTokenizedGenerateReqInput):
-                self.pulled(recv_req.batch)
-            elif isinstance(recv_req, TokenizedGenerateReqInput) and _names_one(recv_req):
+        coming: dict[int, int] = {}
+        for recv_req in _one_by_one(recv_reqs):
+            if isinstance(recv_req, TokenizedGenerateReqInput) and _names_one(recv_req):
                 # What is refused here is refused, with the reason, when it is created: on every rank.
                 if refusal(recv_req, True):
                     continue
                 with contextlib.suppress(BadInput):
-                    self._look_up(recv_req, self.log)
+                    self._look_up(recv_req, self.log, coming)
 
-    def _look_up(self, recv_req: Any, log: StepLog[Held]) -> None:
+    def _look_up(self, recv_req: Any, log: StepLog[Held], coming: dict[int, int]) -> None:
+        """
+        Args:
+            coming: the newest attempt of each rollout that was pulled together with this one and has no slot yet.
+        """
         member = Member(recv_req, self._eos, self._max_context)
         if member.spec.release:
             log.forget(named(log.rollouts(), member.spec.release))
         logged = log.logged(member.id)
-        attempt = member.spec.attempt
+        attempt, last = member.spec.attempt, max(logged.attempts, coming.get(member.id, 0))
         params = recv_req.sampling_params
-        if attempt is not None and attempt <= logged.attempts:
+        if attempt is not None and attempt <= last:
             params.custom_params = {
                 **params.custom_params,
                 OWN[-1]: not_accepted(
-                    f"rollout_attempt={attempt} is not newer than attempt {logged.attempts}, which is logged",
+                    f"rollout_attempt={attempt} is not newer than attempt {last}, which came before it",
                     "Number attempts upwards, or leave the number out",
                 ),
             }
-        elif len(logged) and not member.spec.prefix:
+            return
+        coming[member.id] = last + 1 if attempt is None else attempt
+        if len(logged) and not member.spec.prefix:
             Found.of(logged).attach(params)
 
     def created(self, req: Any, recv_req: Any) -> None:
@@ -127,18 +133,23 @@ class ServerLog:
         member: Member | None = getattr(req, _MEMBER, None)
         if member is None or member.rollout is not None or req.to_finish is not None:
             return True
+        reason = member.ended()
+        slot = len(self.rollouts)  # names it in errors, where another rank has the log
+        if self.log is not None and reason is FinishReason.RUNNING:
+            try:
+                slot = self.log.bind(member.id, member.spec.attempt, start=member.spec.prefix or None).slot
+            except BadInput as error:
+                # Raised here it would end the scheduler, and with it everybody's requests.
+                req.set_finish_with_abort(str(error))
+                return True
         if (earlier := self._running.pop(member.id, None)) is not None:
             self._cut_off(earlier)
         if member.found is not None:
             replay.give_output(req, member.found)
-            reason = member.ended()
-            if reason is not FinishReason.RUNNING:
-                replay.end(req, reason)
-                self._scheduler.output_streamer.stream_output([req], req.return_logprob)
-                return False
-        slot = len(self.rollouts)  # names it in errors, where another rank has the log
-        if self.log is not None:
-            slot = self.log.bind(member.id, member.spec.attempt, start=member.spec.prefix or None).slot
+        if reason is not FinishReason.RUNNING:
+            replay.end(req, reason)
+            self._scheduler.output_streamer.stream_output([req], req.return_logprob)
+            return False
         member.rollout = self.rollouts.add(req.rid, member.request(slot), req)
         member.rollout.committed = len(req.output_ids)
         setattr(req, ATTRIBUTE, member.rollout)
@@ -216,6 +227,16 @@ class ServerLog:
         if self.log is not None and self._outputs is not None:
             self.log.policy(version, digest, source)
             self._outputs.let_go()
+
+
+def _one_by_one(recv_reqs: list[Any]) -> Iterator[Any]:
+    from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput
+
+    for recv_req in recv_reqs:
+        if isinstance(recv_req, BatchTokenizedGenerateReqInput):
+            yield from recv_req.batch
+        else:
+            yield recv_req
 
 
 def _names_one(recv_req: Any) -> bool:
