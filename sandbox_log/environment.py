@@ -73,11 +73,18 @@ class Environment:
                 writemap=False,
                 readahead=False,
             )
-            self.databases = {name: self._env.open_db(name.encode(), create=not readonly) for name in databases}
+            self.databases = {name: self._database(name, create=not readonly) for name in databases}
             if not readonly:
                 self._env.reader_check()
         except lmdb.Error as error:
             raise _opening_failed(path, error) from error
+
+    def _database(self, name: str, *, create: bool) -> Any:
+        while True:
+            try:
+                return self._env.open_db(name.encode(), create=create)
+            except lmdb.MapResizedError:  # another process grows the map, perhaps again at once; take its size over
+                self._env.set_mapsize(0)
 
     @contextmanager
     def read(self) -> Iterator[Any]:
@@ -126,11 +133,11 @@ class Environment:
             self._env.close()
 
     def _begin(self, *, write: bool) -> Any:
-        try:
-            return self._env.begin(write=write)
-        except lmdb.MapResizedError:  # another process grew the map; take its size over
-            self._resize(lambda: self._env.set_mapsize(0), own_reader=not write)
-            return self._env.begin(write=write)
+        while True:
+            try:
+                return self._env.begin(write=write)
+            except lmdb.MapResizedError:  # another process grew the map; take its size over
+                self._resize(lambda: self._env.set_mapsize(0), own_reader=not write)
 
     def _resize(self, resize: Callable[[], None], *, own_reader: bool = False) -> None:
         with self._idle:

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -215,6 +216,30 @@ def test_many_reader_processes_follow_one_writer_over_growth(ground: Path) -> No
             out, _ = reader.communicate(timeout=60)
             assert reader.returncode == 0
             assert out.strip() == "301"
+
+
+_GROW = """
+    import sys
+    from sandbox_log.events import Kind
+    from sandbox_log.log import SandboxLog
+    with SandboxLog(sys.argv[1], map_bytes=1 << 20) as log:
+        log.writer("a", {"instance": "i"}).append(Kind.STATE, {"data": bytes(int(sys.argv[2]))}).result()
+"""
+
+
+def test_a_log_that_grows_while_it_is_opened_is_opened(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(_GROW), str(ground / "log")]
+    subprocess.run([*command, "10"], check=True)
+    real = lmdb.open
+
+    def opened(*args: Any, **options: Any) -> Any:
+        environment = real(*args, **options)
+        subprocess.run([*command, str(4 << 20)], check=True)
+        return environment
+
+    monkeypatch.setattr(lmdb, "open", opened)
+    with SandboxLog(ground / "log", readonly=True, map_bytes=1 << 20) as log:
+        assert [e.kind for e in log.events("a")].count(Kind.STATE) == 2
 
 
 def test_another_process_that_takes_over_fences_this_one(ground: Path) -> None:
