@@ -24,6 +24,7 @@ import numpy as np
 
 from rollout_wal.audit.compare import Comparison, Settings, compare, pilot
 from rollout_wal.audit.equivalence import rollouts_needed
+from rollout_wal.audit.estimate import hazard_per_token
 from rollout_wal.audit.lengths import LengthDistribution
 from rollout_wal.audit.policies import Policy, Restart, Resume
 from rollout_wal.audit.schedules import constant
@@ -88,8 +89,7 @@ class Run:
     def hazard(self) -> float:
         """Interruptions per token sampled, lost ones included."""
         assert self.table.recomputed_N is not None
-        sampled = int(self.table.length_N.sum()) + int(self.table.recomputed_N.sum())
-        return float(self.table.interruptions_N.sum()) / sampled
+        return hazard_per_token(self.table)
 
 
 class CountingBaseline(Baseline):

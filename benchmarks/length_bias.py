@@ -8,8 +8,8 @@ within the margin of the predicted one, and if the bias is shown to be there, or
 Cells with a defect draw fresh noise after an interruption: keyed noise would hide it.
 
 The number of rollouts is at least 100,000, and at least what equivalence at the margin takes, according to a pilot of
-each cell, for the whole table to come out as expected with 90 % power. `rollouts_needed` is what the cell alone would
-take for 90 %.
+each cell, for the means of the whole table to come out as expected with 90 % power. `rollouts_needed` is what the mean
+of the cell alone would take for 90 %, and `power` is of the mean alone too.
 
 Then the same with the embedded engine and workers that are killed; see `_length_bias_engine`.
 """

@@ -9,6 +9,7 @@ Shape legend: N = rows, G = clusters, V = distinct lengths 0..V-1, B = bootstrap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def arms(treated: RolloutTable, reference: RolloutTable | None) -> tuple[Arm, Ar
     """The lengths of both tables, clustered by prompt and by failure (by worker, where failures are not recorded).
 
     With fewer prompts than PROMPTS_MIN the rows count as independent instead: so few clusters carry no usable
-    variance, and ignoring what prompts have in common only widens the intervals.
+    variance. Where both arms (or the known law) have the same prompts in the same proportions, ignoring what prompts
+    have in common only widens the intervals; where not, `compare` gives no verdict.
     """
     tables = [treated] if reference is None else [treated, reference]
     prompts = len(np.unique(np.concatenate([t.prompt_N for t in tables])))
@@ -66,21 +68,32 @@ def _one_way(influence_N: Floats, code_N: Ints) -> tuple[float, int]:
     return float(sums @ sums) * groups / max(groups - 1, 1), groups
 
 
-def cluster_variance(influence_N: Floats, clusters: Sequence[Ints]) -> tuple[float, int]:
+def cluster_variance(influence_N: Floats, clusters: Sequence[Ints]) -> tuple[float, float]:
     """The variance of a sum of influences that are independent only between clusters, and the degrees of freedom.
 
-    Two ways are combined as one plus the other less their intersection (Cameron, Gelbach and Miller 2011). Where
-    that falls below the larger of the two, the larger is used: the combination is not always positive.
+    Two ways are combined as one plus the other less their intersection (Cameron, Gelbach and Miller 2011), and never
+    as less than the first way alone: what the second adds is estimated with noise, and may come out below zero. The
+    second way is no such floor. Where the arms share their prompts, the first way has what they share cancelled and
+    the second has not. The degrees of freedom are Satterthwaite's: few for a sum of parts that are known badly.
     """
-    parts = [_one_way(influence_N, code) for code in clusters]
-    freedom = max(min(groups for _, groups in parts) - 1, 1)
-    largest = max(variance for variance, _ in parts)
-    if len(parts) == 1:
-        return largest, freedom
-    first, _ = _groups(clusters[0])
-    second, count = _groups(clusters[1])
-    both, _ = _one_way(influence_N, first * count + second)
-    return max(parts[0][0] + parts[1][0] - both, largest), freedom
+    first, groups = _one_way(influence_N, clusters[0])
+    freedom = float(max(groups - 1, 1))
+    if len(clusters) == 1 or first == 0:
+        return first, freedom
+    one, _ = _groups(clusters[0])
+    two, groups = _groups(clusters[1])
+    _, cell_N, cell = np.unique(one * groups + two, return_index=True, return_inverse=True)
+    in_cell = np.bincount(cell, weights=influence_N)
+    sums = np.bincount(two, weights=influence_N)
+    # What a cluster of the second way adds: the products of its rows that are of different clusters of the first.
+    added = sums**2 - np.bincount(two[cell_N], weights=in_cell**2, minlength=groups)
+    added = added[np.bincount(two[cell_N], minlength=groups) > 1]
+    if not len(added):
+        return first, freedom
+    scale = len(added) / max(len(added) - 1, 1)
+    variance = first + max(float(added.sum()) * scale, 0.0)
+    doubt = first**2 / freedom + len(added) * float(added.var()) * scale**2 / 2
+    return variance, min(max(variance**2 / doubt, 1.0), max(min(freedom, groups - 1), 1.0))
 
 
 def mean_influence(treated: Arm, reference: Arm | None) -> tuple[Floats, tuple[Ints, ...]]:
@@ -117,19 +130,30 @@ def design_effect(treated: Arm, reference: Arm | None = None) -> float:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ClusterHistograms:
-    """How often each length occurs in each cluster, per arm; float64 [G, V]. `reference` is None for a known law."""
+    """How often each length occurs in each cluster, per arm; float64 [G, V]. `reference` is None for a known law.
+
+    `widening` is what errors along these clusters are to be multiplied with. They leave out what the other way of
+    clustering adds, and G clusters about their own mean vary less by (G - 1) / G. `freedom`: degrees of freedom of
+    these errors.
+    """
 
     treated_GV: Floats
     reference_GV: Floats | None
     known_V: Floats | None
+    widening: float
+    freedom: float
 
     @classmethod
     def build(cls, treated: Arm, reference: Arm | LengthDistribution, *, rng: np.random.Generator) -> ClusterHistograms:
-        """Clusters along the way that matters most for the mean."""
+        """Clusters along the way that alone gives the mean the error nearest to that of all ways together."""
         arms = [treated] if isinstance(reference, LengthDistribution) else [treated, reference]
         influence, clusters = mean_influence(treated, arms[1] if len(arms) == 2 else None)
-        code = max(clusters, key=lambda way: _one_way(influence, way)[0])
-        index, groups = _groups(code)
+        variance, freedom = cluster_variance(influence, clusters)
+        alone = [_one_way(influence, way) for way in clusters]
+        best = min(range(len(alone)), key=lambda i: abs(math.log((alone[i][0] or 1.0) / (variance or 1.0))))
+        own, groups = alone[best]
+        widening = math.sqrt(max(variance / own if own else 1.0, 1.0) * groups / max(groups - 1, 1))
+        index, groups = _groups(clusters[best])
         if groups > BOOTSTRAP_CLUSTERS_MAX:
             index = rng.permutation(groups)[index] % BOOTSTRAP_CLUSTERS_MAX
             groups = BOOTSTRAP_CLUSTERS_MAX
@@ -144,8 +168,8 @@ class ClusterHistograms:
             histograms.append(np.bincount(cell, minlength=groups * width).reshape(groups, width).astype(np.float64))
             first += rows
         if isinstance(reference, LengthDistribution):
-            return cls(histograms[0], None, reference.padded(longest))
-        return cls(histograms[0], histograms[1], None)
+            return cls(histograms[0], None, reference.padded(longest), widening, freedom)
+        return cls(histograms[0], histograms[1], None, widening, freedom)
 
     def pmfs(self) -> tuple[Floats, Floats]:
         """The observed laws of the two arms."""
@@ -173,12 +197,12 @@ class ClusterHistograms:
         return treated, cumulative(self.reference_GV)
 
     def cumulative_influence(self) -> Floats:
-        """Each cluster's share in the error of the difference of cumulative laws; [G, V]."""
+        """Each cluster's share in the error of the difference of cumulative laws, widened; [G, V]."""
         treated, reference = self.pmfs()
 
         def share(histogram_GV: Floats, pmf_V: Floats) -> Floats:
             centred = histogram_GV - histogram_GV.sum(axis=1, keepdims=True) * pmf_V
-            return np.asarray(np.cumsum(centred, axis=1) / histogram_GV.sum())
+            return np.asarray(np.cumsum(centred, axis=1) * (self.widening / histogram_GV.sum()))
 
         out = share(self.treated_GV, treated)
         return out if self.reference_GV is None else out - share(self.reference_GV, reference)

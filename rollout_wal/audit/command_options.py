@@ -83,7 +83,10 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
             "--margin", default=0.02, show_default=True, help="Bias that counts as none, as a fraction of the mean."
         ),
         click.option(
-            "--power", default=0.9, show_default=True, help="Chance of showing equivalence where there is no bias."
+            "--power",
+            default=0.9,
+            show_default=True,
+            help="Chance of showing equivalence of the mean where there is no bias. Quantiles may take more rollouts.",
         ),
         click.option(
             "--out", type=click.Path(path_type=Path), help="Folder for report.html, summary.md and audit.json."

@@ -24,7 +24,9 @@ def run() -> None:
 @run.command("simulated")
 @laws
 @click.option(
-    "--rollouts", default=0, help="Rollouts per policy; by default as many as the power asks for, from a pilot."
+    "--rollouts",
+    default=0,
+    help="Rollouts per policy; by default as many as the power for the mean asks for, from a pilot.",
 )
 @click.option("--slots-per-worker", default=1, show_default=True, help="Rollouts that one interruption hits together.")
 @shared

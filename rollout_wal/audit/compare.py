@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .clusters import Arm, ClusterHistograms, arms, design_effect, within_clusters
+from .clusters import PROMPTS_MIN, Arm, ClusterHistograms, arms, design_effect, within_clusters
 from .difference import TestResult, benjamini_hochberg, corrected, distribution_tests, mix_tests
 from .effects import Effects, compounded, effects
 from .equivalence import Estimate, mean_difference, power_of, quantile_differences, rollouts_needed
@@ -29,7 +29,7 @@ class Settings:
         margin: bias of the mean that counts as none, as a fraction of the reference mean.
         quantile_margin: the same for quantiles, also as a fraction of the reference *mean*; they are noisier.
         alpha: level of every test.
-        power: probability with which equivalence is to be shown where there is no bias.
+        power: probability with which equivalence of the mean is to be shown where there is no bias.
         quantiles: which are compared.
         metric_margin: for further numeric columns, in standard deviations of the reference.
         compound_steps, compound_rate: see `effects.compounded`.
@@ -51,7 +51,12 @@ class Settings:
 class Comparison:
     """Everything that was found out about one arm. Means and differences are in tokens.
 
-    `predicted_agrees`: whether the measured mean is shown to lie within the margin of the predicted one.
+    Args:
+        rollouts_needed: per arm, to show equivalence of the mean alone with the power of the settings. Quantiles may
+            take more.
+        power: with which these rollouts show equivalence of the mean alone where there is no bias.
+        predicted_agrees: whether the measured mean is shown to lie within the margin of the predicted one.
+        notes: why there is no verdict, where the data could not give one whatever their number.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Comparison:
     lengths: LengthDistribution
     reference_lengths: LengthDistribution
     prediction: Prediction | None
+    notes: tuple[str, ...] = ()
 
     @property
     def delta_relative(self) -> float:
@@ -130,7 +136,8 @@ def compare(
 
     The verdict is "equivalent" where equivalence is shown for the mean and for every quantile; else "biased" where a
     difference of the lengths is shown (mean, Kolmogorov–Smirnov or Anderson–Darling, Holm-corrected together with all
-    further metrics); else "inconclusive".
+    further metrics); else "inconclusive". It is "inconclusive" as well, with a note, where the arms have few prompts
+    and not the same ones.
     """
     settings = settings or Settings()
     rng = np.random.default_rng(settings.seed)
@@ -160,6 +167,9 @@ def compare(
     shown = estimate.equivalent and all(q.equivalent for q in quantile_estimates)
     different = any(t.p_corrected < settings.alpha for t in tests[: len(length_tests)])
     verdict: Verdict = "equivalent" if shown else "biased" if different else "inconclusive"
+    notes = () if isinstance(reference, LengthDistribution) else _incomparable(treated, reference, settings)
+    if notes:
+        verdict = "inconclusive"
     spread = design_effect(arm, other_arm)
     arms_count = 1 if other_arm is None else 2
     return Comparison(
@@ -185,7 +195,7 @@ def compare(
             design_effect=spread,
             arms=arms_count,
         ),
-        power=power_of(spread * law.variance, len(rows), margin=margin, alpha=settings.alpha, arms=arms_count),
+        power=power_of(estimate.standard_error, margin=margin, alpha=settings.alpha),
         censored=treated.censored(),
         compounded_mean=tuple(
             float(x) for x in compounded(law, own_law, steps=settings.compound_steps, rate=settings.compound_rate)
@@ -197,7 +207,19 @@ def compare(
         lengths=own_law,
         reference_lengths=law,
         prediction=prediction,
+        notes=notes,
     )
+
+
+def _incomparable(treated: RolloutTable, reference: RolloutTable, settings: Settings) -> tuple[str, ...]:
+    """A note if the arms began different mixes of prompts, and so few that this cannot be told from a bias.
+
+    Mixes that differ by no more than chance are those of rows drawn independently, as `arms` takes them to be.
+    """
+    counts = [Counter(table.prompt_N.tolist()) for table in (treated, reference)]
+    if len(counts[0] | counts[1]) >= PROMPTS_MIN or mix_tests(*counts).p_value >= settings.alpha:
+        return ()
+    return (f"the arms began different prompts, and fewer than {PROMPTS_MIN}: that cannot be told from a bias",)
 
 
 def _present(arm: Arm | None) -> Arm:

@@ -50,11 +50,13 @@ def distribution_tests(
     """Kolmogorov–Smirnov and Anderson–Darling.
 
     The textbook p values assume independent rows and no ties. Here the null law comes from a multiplier bootstrap: each
-    cluster's share in the difference of the cumulative laws is multiplied by an independent normal number.
+    cluster's share in the difference of the cumulative laws is multiplied by an independent random number.
     """
     treated, reference = histograms.pmfs()
     influence_GV = histograms.cumulative_influence()
     noise_BG = rng.standard_normal((replicates, len(influence_GV)))
+    # How far clusters differ is itself estimated: t distributed noise, as in the test of the mean.
+    noise_BG *= np.sqrt(histograms.freedom / rng.chisquare(histograms.freedom, (replicates, 1)))
     null_BV = noise_BG @ influence_GV
     share = 0.5
     if histograms.reference_GV is not None:

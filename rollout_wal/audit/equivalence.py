@@ -84,12 +84,13 @@ def quantile_differences(
     """Differences of quantiles, with standard errors from a cluster bootstrap. `margin` is in tokens."""
     treated_BV, reference_BV = histograms.resampled(replicates, rng)
     treated, reference = (np.cumsum(pmf)[None, :] for pmf in histograms.pmfs())
-    freedom = max(len(histograms.treated_GV) - 1, 1)
     out = []
     for level in levels:
         difference = float(quantiles(treated, level)[0] - quantiles(reference, level)[0])
-        spread = float(np.std(quantiles(treated_BV, level) - quantiles(reference_BV, level), ddof=1))
-        out.append(two_one_sided(f"{level:.0%} quantile", difference, spread, freedom, margin=margin, alpha=alpha))
+        spread_B = quantiles(treated_BV, level) - quantiles(reference_BV, level)
+        spread = float(np.std(spread_B, ddof=1)) * histograms.widening
+        what = f"{level:.0%} quantile"
+        out.append(two_one_sided(what, difference, spread, histograms.freedom, margin=margin, alpha=alpha))
     return out
 
 
@@ -115,9 +116,7 @@ def rollouts_needed(
     return max(2, math.ceil(arms * design_effect * variance * (quantile / margin) ** 2))
 
 
-def power_of(variance: float, rollouts: int, *, margin: float, alpha: float = 0.05, arms: int = 1) -> float:
-    """The probability that equivalence is shown with this many rollouts per arm if there is no bias; `variance` is to
-    include the design effect."""
-    error = math.sqrt(arms * variance / rollouts)
-    reach = margin / error - float(stats.norm.ppf(1 - alpha)) if error > 0 else math.inf
+def power_of(standard_error: float, *, margin: float, alpha: float = 0.05) -> float:
+    """The probability that two one-sided tests of an estimate with this error show equivalence if there is no bias."""
+    reach = margin / standard_error - float(stats.norm.ppf(1 - alpha)) if standard_error > 0 else math.inf
     return max(0.0, 2 * float(stats.norm.cdf(reach)) - 1)

@@ -56,7 +56,7 @@ def closed_cohort(table: RolloutTable, *, begun: int | None) -> Hypothesis:
 def independent_loss(exposure: LossExposure | None) -> Hypothesis:
     """H2: at the same durable history, rollouts that have ended unseen are lost as often as those that go on.
 
-    A Mantel–Haenszel test over frontiers. Frontiers at which only one kind was at risk say nothing.
+    A Mantel–Haenszel test over (tokens kept, frontier). Strata in which only one kind was at risk say nothing.
     """
     statement = "the time of loss depends on durable history only"
     if exposure is None:
@@ -74,7 +74,7 @@ def independent_loss(exposure: LossExposure | None) -> Hypothesis:
     z = float((d1 - expected)[usable].sum()) / math.sqrt(spread)
     p = 2 * float(stats.norm.sf(abs(z)))
     rates = f"{d1.sum() / n1.sum():.2%} per step of those that had ended, {d0.sum() / n0.sum():.2%} of those going on"
-    return Hypothesis("H2", statement, p >= H2_LEVEL, f"lost: {rates}; equal at the same frontier: p = {p:.2g}")
+    return Hypothesis("H2", statement, p >= H2_LEVEL, f"lost: {rates}; equal at the same durable history: p = {p:.2g}")
 
 
 def single_noise(noise_reused: int | None, *, identical: tuple[int, int] | None = None) -> Hypothesis:

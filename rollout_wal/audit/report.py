@@ -164,6 +164,7 @@ def _bias_section(page: Page, audit: Audit) -> None:
             ]
             for c in audit.comparisons
         ],
+        "; ".join(f"{audit.label(c.name)}: {note}" for c in audit.comparisons for note in c.notes),
     )
 
 
@@ -219,7 +220,7 @@ def _statistics_section(page: Page, audit: Audit) -> None:
         "Corrected p values of a difference.",
     )
     section.table(
-        ["arm", "Cohen's d", "moved by (tokens)", "tilt per token", "design effect", "rollouts needed", "power"],
+        ["arm", "Cohen's d", "moved by (tokens)", "tilt per token", "design effect", "needed (mean)", "power (mean)"],
         [
             [
                 _name(audit, c),
@@ -232,7 +233,8 @@ def _statistics_section(page: Page, audit: Audit) -> None:
             ]
             for c in audit.comparisons
         ],
-        f"Effect sizes, and the rollouts per arm that show equivalence with {settings.power:.0%} power at this margin.",
+        f"Effect sizes; rollouts per arm that show equivalence of the mean with {settings.power:.0%} power at this "
+        "margin, and the power of those there are. Both are of the mean alone: the verdict wants the quantiles too.",
     )
     metrics = [(c, m) for c in audit.comparisons for m in c.metric_estimates]
     if metrics:

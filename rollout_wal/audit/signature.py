@@ -21,6 +21,10 @@ from .lengths import Floats, LengthDistribution
 from .table import Ints, RolloutTable
 
 Kind = Literal["restarts", "resumes", "undetermined"]
+#: Rollouts per prompt below which a prompt's own law cannot be estimated: the tilt of so small a sample is too weak.
+COPIES_MIN = 8
+#: No hazard is taken to be larger, per token.
+_HAZARD_MAX = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Signature:
 
     Args:
         hazard: the constant hazard per token that explains the interruptions, under the kind that was found (under
-            restarting if undetermined).
+            restarting if undetermined); as a rate, of which a token is survived with exp(-hazard).
         mean_if_restarted: what the mean length would have been without the bias, if these data come from restarting.
         within_prompts: whether prompts repeat, so that their differences could be removed.
     """
@@ -93,19 +97,33 @@ def untilted(rows: RolloutTable, hazard: float) -> LengthDistribution:
 
 
 def restart_hazard(rows: RolloutTable) -> float:
-    """The hazard per token at which restarting gives this many interruptions, from the delivered lengths alone.
+    """The hazard per token, as a rate, at which restarting gives this many interruptions, from the delivered lengths
+    alone.
 
-    An attempt of length l survives with exp(-hazard * (l - 1)), and the mean of its inverse over the delivered is the
-    number of attempts per delivery.
+    An attempt of length l survives with exp(-hazard * (l - 1)), and the mean of its inverse over the delivered of a
+    prompt is that prompt's number of attempts per delivery. A flag says only whether there was more than one attempt,
+    and a prompt's first attempt is delivered with the inverse of that number.
     """
     mean_hits = float(rows.interruptions_N.mean())
-    # A flag says only whether there was more than one attempt.
-    attempts = 1 / max(1 - mean_hits, 1e-6) if _only_flags(rows) else 1 + mean_hits
     steps = (rows.length_N - 1).astype(np.float64)
-    if attempts <= 1 or not steps.any():
+    if mean_hits <= 0 or not steps.any():
         return 0.0
-    high = math.log(attempts) / float(steps.mean())  # by Jensen's inequality the answer is at most this
-    return float(optimize.brentq(lambda h: float(np.exp(h * steps).mean()) - attempts, 0, high * (1 + 1e-9)))
+    if not _only_flags(rows):
+        attempts = 1 + mean_hits
+        high = math.log(attempts) / float(steps.mean())  # by Jensen's inequality the answer is at most this
+        return float(optimize.brentq(lambda h: float(np.exp(h * steps).mean()) - attempts, 0, high * (1 + 1e-9)))
+    prompts, index = np.unique(rows.prompt_N, return_inverse=True)
+    if len(prompts) * COPIES_MIN > len(rows):
+        index = np.zeros(len(rows), dtype=np.int64)  # too few rollouts of each: all as of one law
+    copies = np.bincount(index)
+
+    def hit(hazard: float) -> float:
+        with np.errstate(over="ignore"):
+            attempts = np.bincount(index, weights=np.exp(hazard * steps)) / copies
+        return 1 - float(copies @ (1 / attempts)) / len(rows)
+
+    told = min(mean_hits, hit(_HAZARD_MAX) - 1e-6)
+    return float(optimize.brentq(lambda h: hit(h) - told, 0, _HAZARD_MAX)) if told > 0 else _HAZARD_MAX
 
 
 def _only_flags(rows: RolloutTable) -> bool:
@@ -123,4 +141,4 @@ def _resume_hazard(length_N: Floats, mean_hits: float, *, only_flag: bool) -> fl
     if not only_flag:
         return mean_hits / float(length_N.mean())
     target = min(mean_hits, 1 - 1e-6)
-    return float(optimize.brentq(lambda h: float((1 - np.exp(-h * length_N)).mean()) - target, 0, 50.0))
+    return float(optimize.brentq(lambda h: float((1 - np.exp(-h * length_N)).mean()) - target, 0, _HAZARD_MAX))

@@ -28,10 +28,12 @@ STEPS_MAX = 100_000
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LossExposure:
-    """Steps of exposure and losses by frontier: the position reached, or that would have been had it not ended.
+    """Steps of exposure and losses, by (tokens kept, frontier): the frontier is the position reached, or that would
+    have been had it not ended.
 
-    Two rollouts at the same frontier, kept from the same position, have the same durable tokens. One that is known to
-    have ended must be lost as often as one that goes on (H2).
+    Two attempts that began with the same tokens kept and are at the same frontier are of the same age and have as many
+    durable tokens. One that is known to have ended must be lost as often as one that goes on (H2). The frontier alone
+    would not do: where the hazard depends on the clock, it depends on the age, and so does the share that has ended.
     """
 
     running_steps: Ints
@@ -76,12 +78,16 @@ def simulate(
     # Under these rules the backend restarts what is interrupted; what is removed is decided once all has finished.
     inner: Policy = Restart() if isinstance(policy, KeepFirst | Evict) else policy
     rng = np.random.default_rng([seed, 0])
+    longest = max(p.longest for p in prompts)
+    lag = 0 if not isinstance(inner, Resume) or process.notice else inner.lag
+    # A stratum is kept * width + frontier. Only what resumes keeps anything.
+    counts = np.zeros((4, (longest if isinstance(inner, Resume) else 1) * (longest + lag + 2)), dtype=np.int64)
     waves = []
     for first in range(0, rollouts, slots):
         prompt_S = np.arange(first, min(first + slots, rollouts)) % len(prompts)
         # The first noise of each rollout comes from its own stream: runs of one seed differ only in what befalls them.
         noise = np.random.default_rng([seed, 1, first])
-        waves.append(_Wave(prompts, prompt_S, process, inner, rng, noise).run())
+        waves.append(_Wave(prompts, prompt_S, process, inner, lag, rng, noise, counts).run())
     table = _join(waves, process.slots_per_worker)
     match policy:
         case KeepFirst():
@@ -90,7 +96,7 @@ def simulate(
             table = _evict(table, policy, rng)
         case _:
             pass
-    exposure = LossExposure(*(np.sum([w.counts[i] for w in waves], axis=0) for i in range(4)))
+    exposure = LossExposure(*counts[:, counts.any(axis=0)])
     return Simulation(
         table,
         exposure,
@@ -106,12 +112,15 @@ class _Wave:
     prompt_S: Ints
     process: Interruptions
     policy: Policy
+    lag: int
+    """Steps from sampling to durable. A notice is time to flush."""
     rng: np.random.Generator
     first_noise: np.random.Generator
+    counts: NDArray[np.int64]
+    """What `LossExposure` is made of, added up over the waves; [4, strata]."""
     clock: int = 0
     noise_reused: int = 0
     delivered_before_durable: int = 0
-    counts: NDArray[np.int64] = field(init=False)
     end_PL: NDArray[np.float32] = field(init=False)
     noise_SL: NDArray[np.float32] = field(init=False)
     held_S: Ints = field(init=False)
@@ -141,12 +150,6 @@ class _Wave:
         self.failure_S = np.full(size, -1, dtype=np.int64)
         self.ended_S = np.zeros(size, dtype=bool)
         self.reason_S = np.full(size, "", dtype=object)
-        self.counts = np.zeros((4, longest + self.lag + 2), dtype=np.int64)
-
-    @property
-    def lag(self) -> int:
-        """Steps from sampling to durable. A notice is time to flush."""
-        return 0 if not isinstance(self.policy, Resume) or self.process.notice else self.policy.lag
 
     @property
     def commits(self) -> bool:
@@ -181,7 +184,8 @@ class _Wave:
                 going_on = running[~ends]
                 own = self.rng.random(len(going_on)) < position_hazard[self.held_S[going_on]]
                 killed = np.concatenate([killed, going_on[own]])
-            frontier = self.kept_S[active] + self.age_S[active]
+            kept = self.kept_S[active]
+            stratum = kept * (self.end_PL.shape[1] + self.lag + 1) + kept + self.age_S[active]
             was_ended = self.ended_S[active]
             self._lose(killed, worker_S)
             remaining = np.setdiff1d(active, killed, assume_unique=True) if len(killed) else active
@@ -189,7 +193,7 @@ class _Wave:
             remaining = remaining[self.done_at_S[remaining] == 0]
             hit_W = self._clock_losses(notice_W, phase_W)
             lost = remaining[hit_W[worker_S[remaining]]] if hit_W.any() else remaining[:0]
-            self._count(active, frontier, was_ended, np.concatenate([killed, lost]), remaining)
+            self._count(active, stratum, was_ended, np.concatenate([killed, lost]), remaining)
             self._lose(lost, worker_S)
             active = active[self.done_at_S[active] == 0]
         self.reason_S[active] = "never finished"
@@ -255,18 +259,15 @@ class _Wave:
         if getattr(self.policy, "noise", "fresh") == "fresh":
             self.noise_SL[lost] = self.rng.random((len(lost), self.noise_SL.shape[1]), dtype=np.float32)
 
-    def _count(
-        self, active: Ints, frontier: Ints, ended: NDArray[np.bool_], lost: Ints, exposed_to_clock: Ints
-    ) -> None:
+    def _count(self, active: Ints, stratum: Ints, ended: NDArray[np.bool_], lost: Ints, exposed_to_clock: Ints) -> None:
         """Exposure of this step: whoever was lost or could have been. What left by being delivered could not."""
         if not isinstance(self.policy, Resume):
             return
         at_risk = np.isin(active, exposed_to_clock, assume_unique=True) | np.isin(active, lost, assume_unique=True)
         gone = np.isin(active, lost, assume_unique=True)
-        width = self.counts.shape[1]
         for row, group in enumerate((~ended, ended)):
-            self.counts[2 * row] += np.bincount(frontier[at_risk & group], minlength=width)
-            self.counts[2 * row + 1] += np.bincount(frontier[gone & group], minlength=width)
+            np.add.at(self.counts[2 * row], stratum[at_risk & group], 1)
+            np.add.at(self.counts[2 * row + 1], stratum[gone & group], 1)
 
 
 def _join(waves: list[_Wave], per_worker: int) -> RolloutTable:

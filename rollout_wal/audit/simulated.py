@@ -60,7 +60,8 @@ def rollouts_for_power(
     settings: Settings,
     seed: int = 0,
 ) -> int:
-    """How many rollouts must be begun to show equivalence with the power of the settings, from a pilot of this cell.
+    """How many rollouts must be begun to show equivalence of the mean with the power of the settings, from a pilot of
+    this cell.
 
     The pilot says how much lengths vary, how much clustering inflates that, and how many of those begun are delivered.
     """

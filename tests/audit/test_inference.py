@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -12,6 +14,7 @@ from rollout_wal.audit.difference import benjamini_hochberg, distribution_tests,
 from rollout_wal.audit.effects import effects
 from rollout_wal.audit.equivalence import mean_difference, power_of, rollouts_needed, two_one_sided
 from rollout_wal.audit.lengths import LengthDistribution
+from rollout_wal.audit.report import Audit
 from rollout_wal.audit.table import RolloutTable
 from rollout_wal.errors import AuditError
 
@@ -69,7 +72,7 @@ def test_ignoring_the_clusters_would_be_wrong() -> None:
 def test_the_planned_number_of_rollouts_gives_the_planned_power() -> None:
     rng = np.random.default_rng(2)
     n = rollouts_needed(LAW.variance, margin=1.0, power=0.9)
-    assert power_of(LAW.variance, n, margin=1.0) == pytest.approx(0.9, abs=0.001)
+    assert power_of((LAW.variance / n) ** 0.5, margin=1.0) == pytest.approx(0.9, abs=0.001)
     shown = sum(
         mean_difference(Arm(rng.integers(1, 101, n).astype(float), (rows(n),)), LAW.mean, margin=1.0).equivalent
         for _ in range(300)
@@ -78,12 +81,18 @@ def test_the_planned_number_of_rollouts_gives_the_planned_power() -> None:
 
 
 def test_two_way_clusters_add_and_subtract() -> None:
-    influence = np.array([1.0, 2.0, -1.0, 3.0])
-    one, two = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])
-    by_one, by_two, by_both = 2 * (9 + 4), 1.5 * (1 + 1 + 9), 4 / 3 * (1 + 4 + 1 + 9)
+    influence = np.array([1.0, 2.0, -1.0, 3.0, 2.0, 1.0])
+    one, two = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 2, 0, 1, 3])
+    by_one = 3 / 2 * (3**2 + 2**2 + 3**2)
+    # Clusters 0 and 1 of the second way hold rows of two clusters of the first each.
     variance, freedom = cluster_variance(influence, (one, two))
-    assert variance == pytest.approx(max(by_one + by_two - by_both, by_one, by_two))
-    assert freedom == 1
+    assert variance == pytest.approx(by_one + 2 * (2 * 1 * 3 + 2 * 2 * 2))
+    assert 1 <= freedom <= 2
+    # What the second way adds may be estimated as less than nothing; alone in their clusters, rows add nothing.
+    assert cluster_variance(influence * [1, 1, 1, -1, 1, 1], (one, np.array([0, 1, 2, 0, 3, 4])))[0] == pytest.approx(
+        3 / 2 * (3**2 + 4**2 + 3**2)
+    )
+    assert cluster_variance(influence, (one, np.arange(6)))[0] == pytest.approx(by_one)
 
 
 def test_pairing_by_prompt_removes_what_the_arms_share() -> None:
@@ -96,6 +105,93 @@ def test_pairing_by_prompt_removes_what_the_arms_share() -> None:
     assert paired.standard_error < 0.2
     assert apart.standard_error > 1.0
     assert design_effect(Arm(a, (prompt,))) > 3
+
+
+def of_prompts(
+    rng: np.random.Generator, centre_P: np.ndarray, copies: int, *, first: int = 0, lives: int = 0, spread: float = 0.0
+) -> RolloutTable:
+    """Lengths around each prompt's own centre. Half of the rows were hit in one of the lives, and move alike."""
+    prompt = np.repeat(rows(len(centre_P)), copies)
+    life = np.where(rng.random(len(prompt)) < 0.5, rng.integers(0, max(lives, 1), len(prompt)), -1)
+    moved = np.where(life >= 0, rng.normal(0, spread, max(lives, 1))[life], 0)
+    lengths = np.maximum(rng.normal(centre_P[prompt] + moved, 20).round(), 1).astype(np.int64)
+    return replace(table(lengths, prompt + first), failure_N=life if lives else None)
+
+
+def test_prompts_that_both_arms_share_cancel_in_the_comparison() -> None:
+    """100 prompts of very different lengths: their differences are in no error, so few rollouts show equivalence."""
+    rng = np.random.default_rng(11)
+    settings = Settings(margin=0.03, quantile_margin=0.08, replicates=199)
+    measured = []
+    for _ in range(60):
+        centre = rng.uniform(40, 160, 100)
+        measured.append(compare("x", of_prompts(rng, centre, 16), of_prompts(rng, centre, 16), settings=settings))
+    differences = [m.mean_estimate.difference for m in measured]
+    assert np.mean([m.mean_estimate.standard_error for m in measured]) == pytest.approx(np.std(differences), rel=0.15)
+    assert np.mean([m.verdict == "equivalent" for m in measured]) > 0.9
+    assert np.mean([m.verdict == "biased" for m in measured]) <= 0.05
+
+
+@pytest.mark.parametrize(("lives", "spread", "runs"), [(50, 0.0, 300), (15, 5.0, 300), (15, 15.0, 80)])
+def test_shared_failures_are_not_lost_where_prompts_cancel(lives: int, spread: float, runs: int) -> None:
+    """Without a bias, no test finds a difference more often than its level says, few failures or many."""
+    rng = np.random.default_rng(12)
+    found = np.zeros(3)
+    for _ in range(runs):
+        centre = rng.uniform(60, 140, 60)
+        hit = of_prompts(rng, centre, 8, lives=lives, spread=spread)
+        measured = compare("x", hit, of_prompts(rng, centre, 8), settings=Settings(replicates=99, quantiles=(0.5,)))
+        found += [t.p_value < 0.05 for t in measured.tests]
+    assert (found / runs < 0.085).all(), found
+
+
+def test_few_clusters_keep_the_level_of_every_test() -> None:
+    """Ten prompts against a known law: how far they differ is known badly, and that is part of the error."""
+    rng = np.random.default_rng(13)
+    many = of_prompts(rng, rng.uniform(40, 160, 200_000), 1)
+    law = LengthDistribution.from_lengths(many.length_N)
+    found = np.zeros(3)
+    for _ in range(300):
+        measured = compare("x", of_prompts(rng, rng.uniform(40, 160, 10), 40), law, settings=Settings(replicates=199))
+        found += [t.p_value < 0.05 for t in measured.tests]
+    assert (found / 300 < 0.06).all(), found
+
+
+def test_few_prompts_that_are_not_the_same_give_no_verdict() -> None:
+    rng = np.random.default_rng(14)
+    centre = np.array([60.0, 80.0, 120.0, 140.0])
+    one = of_prompts(rng, centre, 200)
+    other = compare("x", one, of_prompts(rng, centre - 30, 200, first=4))
+    assert other.verdict == "inconclusive"
+    assert "cannot be told from a bias" in other.notes[0]
+    assert other.to_json()["notes"] == list(other.notes)
+    page = Audit("Few prompts", "", (other,), Settings()).page().html()
+    assert other.notes[0] in page
+    assert all(heading in page for heading in ("needed (mean)", "power (mean)"))
+    # The same prompts, or so many that they can stand for others, are compared.
+    same = compare("x", one, of_prompts(rng, centre - 30, 200))
+    assert (same.verdict, same.notes) == ("biased", ())
+    assert compare("x", of_prompts(rng, centre, 200), one, settings=Settings(margin=0.1)).notes == ()
+    # Different numbers of each by chance are what independent rows make.
+    drawn = [rng.integers(0, 4, 800) for _ in range(2)]
+    assert compare("x", *(table(rng.integers(1, 101, 800), prompt) for prompt in drawn)).notes == ()
+
+
+def test_the_power_is_that_of_the_arms_there_are() -> None:
+    """A small reference decides, however many rollouts were interrupted."""
+    rng = np.random.default_rng(15)
+    hit, calm = table(rng.integers(1, 101, 20_000)), table(rng.integers(1, 101, 800), rows(800, 20_000))
+    measured = compare("x", hit, calm, settings=Settings(margin=0.05, replicates=19, quantiles=(0.5,)))
+    shown = [
+        mean_difference(
+            Arm(rng.integers(1, 101, 20_000).astype(float), (rows(20_000),)),
+            Arm(rng.integers(1, 101, 800).astype(float), (rows(800, 20_000),)),
+            margin=0.05 * LAW.mean,
+        ).equivalent
+        for _ in range(300)
+    ]
+    assert measured.power == pytest.approx(np.mean(shown), abs=0.07)
+    assert measured.power < 0.7
 
 
 def test_distribution_tests_agree_with_scipy_on_independent_rows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from click.testing import CliRunner
 from pyarrow import parquet
 
 from rollout_wal.audit.command import audit
+from rollout_wal.audit.estimate import hazard_per_token, restart_prediction
 from rollout_wal.audit.lengths import LengthDistribution
 from rollout_wal.audit.policies import Policy, Restart, Resume
 from rollout_wal.audit.recorded import Codes, read_recorded
 from rollout_wal.audit.schedules import Interruptions, constant, never
-from rollout_wal.audit.signature import restart_hazard, signature
+from rollout_wal.audit.signature import restart_hazard, signature, untilted
 from rollout_wal.audit.simulate import simulate
 from rollout_wal.audit.table import RolloutTable
+from rollout_wal.audit.theory import predict
 from rollout_wal.errors import AuditError
 
 LAWS = [LengthDistribution.geometric(mean, 240) for mean in np.linspace(15, 90, 40)]
@@ -147,6 +150,38 @@ def test_the_signature_from_flags_alone(restarted: RolloutTable, resumed: Rollou
         assert found is not None
         kinds.append(found.kind)
     assert kinds == ["restarts", "resumes"]
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_the_hazard_from_prompts_of_very_different_lengths(flags: bool) -> None:
+    """A flag is not a number of attempts: most flags are of the long prompts, of which each had many."""
+    laws = [LengthDistribution.uniform(1, longest) for longest in (20, 400) * 5]
+    table = simulate(laws, constant(0.01), Restart(), rollouts=20_000, seed=4).table
+    if flags:
+        table = replace(table, interruptions_N=(table.interruptions_N > 0).astype(np.int64))
+    assert restart_hazard(table) == pytest.approx(-np.log(0.99), rel=0.03)
+    assert untilted(table, restart_hazard(table)).mean == pytest.approx(105.5, rel=0.02)
+
+
+def test_flags_of_prompts_that_hardly_repeat_are_those_of_one_law() -> None:
+    table = simulate(LengthDistribution.uniform(1, 200), constant(0.01), Restart(), rollouts=20_000, seed=5).table
+    flagged = replace(
+        table, interruptions_N=(table.interruptions_N > 0).astype(np.int64), prompt_N=np.arange(20_000) // 2
+    )
+    assert restart_hazard(flagged) == pytest.approx(-np.log(0.99), rel=0.03)
+    assert restart_hazard(replace(flagged, interruptions_N=np.ones(20_000, dtype=np.int64))) > 0.05
+
+
+def test_the_hazard_is_the_probability_that_was_built_in() -> None:
+    """The last token of a delivered rollout is not exposed, and a probability is no rate."""
+    law = LengthDistribution.uniform(1, 20)
+    table = simulate(law, constant(0.05), Restart(), rollouts=100_000, seed=6).table
+    for known in (table, replace(table, recomputed_N=None)):
+        assert hazard_per_token(known) == pytest.approx(0.05, rel=0.01)
+    calm = simulate(law, never(), Restart(), rollouts=100_000, seed=7).table
+    told = restart_prediction(calm, hazard_per_token(table))
+    assert told is not None
+    assert told.delta_relative == pytest.approx(predict(law, constant(0.05), Restart()).delta_relative, rel=0.02)
 
 
 def test_no_interruptions_no_signature(calm: RolloutTable) -> None:

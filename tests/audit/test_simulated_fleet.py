@@ -127,6 +127,11 @@ def test_hypotheses_see_what_was_built_in() -> None:
         return [c.held for c in checks]
 
     assert verdicts(constant(0.02), Resume(8, "commit")) == [True, True, True, True]
+    # Where the hazard depends on the clock, what has ended is of another age than what goes on, at the same position.
+    for process in (periodic(25), bursts(40, 10, 0.15), bursts(40, 10, 0.15, calm=0.005)):
+        assert verdicts(process, Resume(8, "commit")) == [True, True, True, True], process.label
+    # All are lost at one moment, whatever they hold: nothing to compare.
+    assert verdicts(once(30), Resume(8, "commit")) == [True, True, None, True]
     assert verdicts(constant(0.02), Resume(8, "early")) == [False, True, None, True]
     assert verdicts(constant(0.02), Restart()) == [False, True, None, True]
     assert verdicts(finishing_kills(0.2), Resume(8, "commit")) == [True, True, False, True]
