@@ -43,7 +43,7 @@ def test_string_stops_cut_what_the_engine_ran_past_and_restarts_repeat_nothing(
     assert sum(r.turns for r in expected.values()) >= 4
     episodes = Episodes(parts, Parser(strings, ()))
     with backend(tmp_path / "two", workers=1, episodes=episodes) as b:
-        b.generate(prompts[:4], SAMPLING, cohort="c")
+        b.generate(prompts[:4], SAMPLING, seed=0, cohort="c")
         until(lambda: b.stats.turns >= 2 or b.stats.finished, PATIENCE_S)
         b.kill_worker("0")
     with backend(tmp_path / "two", workers=1, episodes=episodes) as b:
@@ -74,7 +74,7 @@ def test_a_fenced_backend_dispatches_nothing(backend: Make, prompts: Any, until:
 
     old, new = Held(), Memory()
     with backend(workers=1, episodes=Episodes(old, Parser(), concurrency=1), grace_s=1.0) as first:
-        iterator = first.generate(prompts[:4], SAMPLING, cohort="c")
+        iterator = first.generate(prompts[:4], SAMPLING, seed=0, cohort="c")
         until(lambda: len(old.ran) == 1 and first.stats.calling >= 2, PATIENCE_S)
         with backend(workers=1, take_over=True, episodes=Episodes(new, Parser())) as second:
             old.go = True  # what was dispatched before returns; the next one is refused
@@ -270,7 +270,7 @@ def test_closed_during_a_call_it_is_observed_if_it_returns_in_time(backend: Make
 
     tools = Slow()
     with backend(workers=1, episodes=Episodes(tools, Parser()), grace_s=60.0) as b:
-        b.generate(prompts[:4], SAMPLING, cohort="c")
+        b.generate(prompts[:4], SAMPLING, seed=0, cohort="c")
         until(lambda: b.stats.calling >= 2, PATIENCE_S)
         tools.closing = True
     assert len(tools.done) == len(tools.ran) >= 2
