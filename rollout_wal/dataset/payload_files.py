@@ -29,8 +29,9 @@ LONG_COPIES = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x10000"}
 
 _OPEN_FILES_MAX = 256
 _PAGE = mmap.PAGESIZE
-#: The kernel maps neighbours along with a page, by default those of the same 64 KiB.
-_AROUND_BYTES = 64 << 10
+#: The kernel maps neighbours along with a page: those of the same 64 KiB or, where the cache holds a large folio, as
+#: much of that as it likes. None is larger than a huge page.
+_AROUND_BYTES = 2 << 20
 # From linux/mman.h, since Linux 5.14; Python 3.11 has no name for it.
 _MADV_POPULATE_READ = 22
 
