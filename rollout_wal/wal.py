@@ -384,7 +384,17 @@ class RolloutWal:
 
     def cohorts(self) -> dict[str, CohortCount]:
         """Every cohort by name, those included that are wholly used."""
-        return {c.record.name: CohortCount(c.record.size, c.used) for c in self.state.cohorts.values()}
+        return {c.record.name: _count(c) for c in self.state.cohorts.values()}
+
+    def cohorts_in_flight(self) -> dict[str, CohortCount]:
+        """Those of which something is in flight. Costs what that is, whatever the job has had."""
+        numbers = {r.begin.cohort for r in self.state.in_flight.values()}
+        return {c.record.name: _count(c) for c in map(self.state.cohorts.__getitem__, numbers)}
+
+    def cohort(self, name: str) -> CohortCount | None:
+        """One of them, or None if the log has none of this name."""
+        found = self.state.cohort_named(name)
+        return None if found is None else _count(found)
 
     def clean(self) -> int:
         """Repeat what is live in a new segment and unlink the older ones, when it is worth it.
@@ -451,3 +461,7 @@ class RolloutWal:
         for rollout in ids:
             self.rollout(rollout)
         return np.asarray(ids, np.int64)
+
+
+def _count(cohort: CohortState) -> CohortCount:
+    return CohortCount(cohort.record.size, cohort.used)

@@ -383,6 +383,16 @@ class RolloutBackend(AbstractContextManager["RolloutBackend"]):
         c = self._running()
         return c.call(c.wal.cohorts)
 
+    def cohorts_in_flight(self) -> dict[str, CohortCount]:
+        """Those of which something is in flight. Costs what that is, whatever the job has had."""
+        c = self._running()
+        return c.call(c.wal.cohorts_in_flight)
+
+    def cohort(self, name: str) -> CohortCount | None:
+        """One cohort, or None if the log has none of this name."""
+        c = self._running()
+        return c.call(lambda: c.wal.cohort(name))
+
     def in_flight(self, cohort: str) -> list[int]:
         """Rollouts of a cohort that are neither finished nor censored."""
         c = self._running()

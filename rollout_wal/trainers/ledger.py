@@ -186,14 +186,13 @@ class TrainerLedger:
 
     def begun(self, batch: int) -> bool:
         """Whether the log has this batch: it goes on, or was sampled, under the policy that it began with."""
-        return self.cohort(batch) in self._backend.cohorts()
+        return self._backend.cohort(self.cohort(batch)) is not None
 
     def settle(self) -> None:
         """Wait until no batch is in flight. Before other weights are put in force for anything else: what a process
         before this one had begun would go on under them."""
-        for _, name in RunCohorts(self._backend.cohorts(), self._run).left(evaluations=False):
-            if self._backend.in_flight(name):
-                deque(self._backend.again(name), maxlen=0)
+        for _, name in RunCohorts(self._backend.cohorts_in_flight(), self._run).left(evaluations=False):
+            deque(self._backend.again(name), maxlen=0)
 
     def take(self, batch: int, rollouts: Sequence[FinishedRollout], sampling: SamplingParams) -> None:
         """Batch number `batch` was generated under its cohort's name without this object: these are its rollouts."""

@@ -182,7 +182,7 @@ class RolloutHost:
     async def _is_whole(self, cohort: str) -> bool:
         """Every member has begun. A host that died while it began a cohort leaves one of which that is not so: nobody
         was served from it, so all who want it call again, and begin the rest."""
-        known = (await asyncio.to_thread(self._backend.cohorts)).get(cohort)
+        known = await asyncio.to_thread(self._backend.cohort, cohort)
         if known is None:
             return False
         if known.gone:
